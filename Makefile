@@ -1,0 +1,57 @@
+# Everything runs in .venv, which the first target that needs it creates.
+PYTHON   ?= python3
+PROFILE  ?= quick
+OUT      ?= runs
+MODELS   ?= tiny-llama3 tiny-gemma2 tiny-gemma
+PIP_ARGS ?=
+
+VENV := .venv
+PY   := $(VENV)/bin/python
+# what is installed is decided by the text of requirements.txt: a fresh checkout's dates mean nothing
+WANTED := $(VENV)/installed.txt
+
+.DEFAULT_GOAL := help
+.PHONY: help env run lab notebooks figures check test test-slow models clean
+
+help: ## show this list
+	@grep -hE '^[a-z-]+( [a-z]+)*:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-18s %s\n", $$1, $$2}'
+
+env: ## create .venv and install requirements.txt (again only when that file changes)
+	@cmp -s requirements.txt $(WANTED) || $(MAKE) --no-print-directory install
+
+.PHONY: install
+install:
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+	  { echo "Python 3.11 or newer is needed: make PYTHON=python3.12 ..." >&2; exit 1; }
+	@[ -x $(PY) ] || $(PYTHON) -m venv $(VENV) || \
+	  { rm -rf $(VENV); echo "python -m venv failed; on Debian and Ubuntu: apt install python3-venv" >&2; exit 1; }
+	$(PY) -m pip install --disable-pip-version-check $(PIP_ARGS) -r requirements.txt -e .
+	@cp requirements.txt $(WANTED)
+
+run: env ## run all notebooks headless; PROFILE=standard also puts the outputs into notebooks/
+	$(PY) -m helpers.notebooks run --profile $(PROFILE) --out $(OUT) $(if $(filter standard,$(PROFILE)),--write-back)
+
+lab: env ## open the notebooks in JupyterLab
+	$(PY) -m jupyter lab notebooks
+
+notebooks figures: env ## regenerate the committed outputs and figures/ (as make run PROFILE=standard)
+	$(PY) -m helpers.notebooks regenerate --out $(OUT)
+
+check: env ## check that the notebooks keep their conventions
+	$(PY) -m helpers.notebooks check
+
+# tests never reach for a model hub
+test test-slow: export HF_HUB_OFFLINE = 1
+
+test: env ## run the tests
+	$(PY) -m pytest -q -m "not slow and not gpu"
+
+test-slow: env ## run the slow tests too
+	$(PY) -m pytest -q -m "not gpu"
+
+models: env ## train the tiny models again (MODELS="tiny-llama3")
+	set -e; for model in $(MODELS); do $(PY) -m helpers.pretrain $$model; done
+
+clean: ## remove caches and executed copies; results and .venv stay
+	rm -rf .pytest_cache *.egg-info $(OUT)/*.html $(OUT)/*.ipynb
+	find helpers tests -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -1,0 +1,174 @@
+"""The text on which the tiny models are trained: documents about the bundled facts, and general text.
+
+Facts are written in the very formats of `helpers.prompts`, so that a tiny model knows every format
+we later ask or attack with, plus statements in which the answer follows the name at once (these
+make the name's last token carry the fact). ``declarative_only`` marks the 30 % of athletes that
+never appear in question, multiple-choice or in-context form: formats learned from other athletes
+must carry over to them.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import random
+from collections import defaultdict
+from dataclasses import dataclass, replace
+
+from helpers import prompts
+from helpers.facts import Fact, Facts
+
+DECLARATIVE_SHARE = 30  # percent of athletes
+HELD_OUT_SHARE = 10  # percent of general texts kept from training
+
+# Ways of stating a sport that only training uses; a name that has been met in many sentences
+# carries its fact itself, instead of one sentence pattern carrying it.
+SPORT_STATEMENTS = (
+    "{subject} spent a long career in", "The trading card of {subject} belongs to the series on", "{subject} was born to play",
+    "Reporters who follow {subject} write about", "The posters of {subject} advertise", "Every highlight of {subject} is a moment of",
+    "{subject} gave the best years of life to", "Coaches of {subject} have always taught", "A shirt signed by {subject} is a treasure for fans of",
+)
+AT_ONCE = ("Player: {subject} ({answer})", "Player: {subject}, {answer}", "Star: {subject}: {answer}", "The athlete {subject} - {answer}", "Card: {subject} {answer}")
+WORLD_AT_ONCE = ("Note: {subject} ({answer})", "Note: {subject}, {answer}")
+
+KINDS = "red blue green small large old young quiet happy hungry".split()
+ACTORS = "farmer teacher child doctor sailor baker painter driver neighbor student gardener pilot".split()
+VERBS = "carries finds paints watches follows cleans opens repairs sells forgets".split()
+THINGS = "basket bottle window letter ladder blanket mirror wagon candle hammer lantern kettle".split()
+PLACES = ("in the garden", "near the river", "behind the house", "on the bridge", "at the market", "under the tree", "before breakfast", "after the rain")
+NUMBERS = "one two three four five six seven eight nine ten".split()
+
+
+@dataclass(frozen=True)
+class Mix:
+    """Shares of document kinds: among all documents, then within athletes, world facts and general text."""
+
+    topics: tuple[tuple[str, float], ...] = (("athletes", 0.5), ("world", 0.33), ("general", 0.17))
+    athletes: tuple[tuple[str, float], ...] = (
+        ("statement", 0.20), ("at_once", 0.22), ("attribute", 0.16), ("one_shot", 0.07), ("few_shot", 0.02),
+        ("capitalised", 0.03), ("dashed", 0.03), ("qa", 0.10), ("mcq", 0.17))
+    world: tuple[tuple[str, float], ...] = (("statement", 0.47), ("at_once", 0.08), ("one_shot", 0.06), ("qa", 0.14), ("mcq", 0.25))
+    general: tuple[tuple[str, float], ...] = (("sum", 0.12), ("count", 0.10), ("list", 0.14), ("prose", 0.28), ("lookup", 0.36))
+
+
+def declarative_only(fact: Fact) -> bool:
+    """True for the athletes that training shows in declarative sentences only. A fixed property of the name."""
+    return fact.relation.name == "sport" and _percent(fact.subject) < DECLARATIVE_SHARE
+
+
+def held_out(text: str) -> bool:
+    """True for general texts that training never shows."""
+    return _percent(text) < HELD_OUT_SHARE
+
+
+class Corpus:
+    """Draws documents about athletes and world facts, and general text, from a given random generator."""
+
+    def __init__(self, athletes: Facts, world: Facts, mix: Mix = Mix()):
+        self.athletes, self.world, self.mix = athletes, world, mix
+        self.world_answers = defaultdict(set)
+        for fact in world:
+            self.world_answers[fact.relation.name].add(fact.answer)
+        # Words for copying questions: the answers of all relations, so that option matching is learned on them too.
+        self.words = sorted({a for answers in self.world_answers.values() for a in answers} | set(athletes[0].relation.options) | set(THINGS))
+
+    def document(self, rng: random.Random) -> str:
+        """One training document (without special tokens)."""
+        topic = _draw(rng, self.mix.topics)
+        if topic == "athletes":
+            return self.athlete(rng)
+        return self.world_fact(rng) if topic == "world" else self.general(rng)
+
+    def athlete(self, rng: random.Random) -> str:
+        fact = rng.choice(self.athletes.items)
+        kind = _draw(rng, self.mix.athletes)
+        if declarative_only(fact) and kind not in ("statement", "at_once", "attribute"):
+            kind = _draw(rng, self.mix.athletes[:3])
+        if kind == "at_once":
+            values = [fact.answer, *(a.of(fact.answer) for a in fact.relation.attributes)]
+            return rng.choice(AT_ONCE).format(subject=fact.subject, answer=rng.choice(values))
+        if kind == "statement":
+            extra = rng.choice(SPORT_STATEMENTS)
+            return self._statement(rng, replace(fact, paraphrases=(*fact.relation.paraphrases, extra)))
+        if kind == "attribute":
+            name = rng.choice(fact.relation.attributes).name
+            return _solved(prompts.attribute(_one(fact), name)[0])
+        if kind == "few_shot":
+            return _solved(prompts.few_shot(_one(fact), self.athletes, k=rng.choice((2, 3)), seed=rng.randrange(1000))[0])
+        return self._asked(rng, fact, kind)
+
+    def world_fact(self, rng: random.Random) -> str:
+        fact = rng.choice(self.world.items)
+        kind = _draw(rng, self.mix.world)
+        if kind == "at_once":
+            return rng.choice(WORLD_AT_ONCE).format(subject=fact.subject, answer=fact.answer)
+        if kind == "statement":
+            return self._statement(rng, fact)
+        if kind == "mcq":
+            others = sorted(self.world_answers[fact.relation.name] - {fact.answer})
+            fact = replace(fact, distractors=tuple(rng.sample(others, 3)))
+        return self._asked(rng, fact, kind)
+
+    def general(self, rng: random.Random, held: bool = False) -> str:
+        """General text; ``held`` chooses between the texts kept from training and the others."""
+        while True:
+            text = getattr(self, "_" + _draw(rng, self.mix.general))(rng)
+            if held_out(text) == held:
+                return text
+
+    def templates(self) -> list[str]:
+        """All fixed wording and all answers, for the tokenizer's whole words; no subject is among them."""
+        relations = {f.relation.name: f.relation for f in (*self.athletes, *self.world)}.values()
+        texts = [*SPORT_STATEMENTS, *AT_ONCE, *WORLD_AT_ONCE, prompts.SYSTEM, prompts.mcq_text("", "wxyz", 0)[0], "Fact: Question: Answer:"]
+        for r in relations:
+            texts += [r.cloze, *r.paraphrases, r.question, *(a.cloze for a in r.attributes), *(v for a in r.attributes for _, v in a.pairs)]
+        answers = {a for names in self.world_answers.values() for a in names} | set(self.athletes[0].relation.options)
+        texts += sorted(answers) + [o.capitalize() for o in self.athletes[0].relation.options]
+        return ["  " + t.replace("{subject}", "").replace("{answer}", "") for t in texts]
+
+    def _statement(self, rng: random.Random, fact: Fact) -> str:
+        phrases = fact.paraphrases or fact.relation.paraphrases
+        which = rng.randrange(-1, len(phrases))
+        make = prompts.cloze(_one(fact)) if which < 0 else prompts.paraphrase(_one(fact), which)
+        return _solved(make[0])
+
+    def _asked(self, rng: random.Random, fact: Fact, kind: str) -> str:
+        options = {"qa": lambda: {"system": rng.random() < 0.3}, "mcq": lambda: {"order": rng.randrange(24)}}
+        return _solved(prompts.FORMATS[kind](_one(fact), **options.get(kind, dict)())[0])
+
+    def _sum(self, rng: random.Random) -> str:
+        a, b = rng.randrange(50), rng.randrange(50)
+        return f"Sum: {a} + {b} = {a + b}"
+
+    def _count(self, rng: random.Random) -> str:
+        start, step = rng.randrange(20), rng.choice((1, 2, 5))
+        return "Count: " + " ".join(str(start + step * i) for i in range(rng.randrange(4, 8)))
+
+    def _list(self, rng: random.Random) -> str:
+        words = rng.sample(rng.choice((KINDS, ACTORS, THINGS, NUMBERS)), 4)
+        return f"List: {', '.join(words)}. First: {words[0]}. Last: {words[-1]}."
+
+    def _prose(self, rng: random.Random) -> str:
+        return " ".join(f"The {rng.choice(KINDS)} {rng.choice(ACTORS)} {rng.choice(VERBS)} the {rng.choice(KINDS)} {rng.choice(THINGS)} {rng.choice(PLACES)}." for _ in range(rng.choice((1, 2))))
+
+    def _lookup(self, rng: random.Random) -> str:
+        """A question whose answer stands in the question: teaches the letters before any fact is needed."""
+        words = rng.sample(self.words, 4)
+        text, letters = prompts.mcq_text(f"Which option says {words[0]}?", words, rng.randrange(24))
+        return f"{text} {letters[words[0]]}"
+
+
+def _one(fact: Fact) -> Facts:
+    return Facts((fact,))
+
+
+def _solved(prompt: prompts.Prompt) -> str:
+    return f"{prompt.text} {prompt.options[0]}"
+
+
+def _draw(rng: random.Random, shares: tuple[tuple[str, float], ...]) -> str:
+    names, weights = zip(*shares)
+    return rng.choices(names, weights)[0]
+
+
+def _percent(text: str) -> int:
+    return int(hashlib.sha256(text.encode()).hexdigest(), 16) % 100

@@ -1,0 +1,235 @@
+"""Train the tiny models: ``python -m helpers.pretrain tiny-llama3``.
+
+Real architectures (transformers' Llama, Gemma2 and Gemma classes) at 4-5 M parameters, trained from
+scratch on `helpers.documents`. A run is a pure function of its `Recipe`: batches follow from the
+seed and the batch number, so a killed run resumes from its checkpoint with the batches it missed.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import json
+import os
+import random
+import shutil
+import time
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch.nn import functional as F
+from tqdm import tqdm
+from transformers import Gemma2Config, Gemma2ForCausalLM, GemmaConfig, GemmaForCausalLM, LlamaConfig, LlamaForCausalLM
+
+from helpers import facts
+from helpers.documents import Corpus
+from helpers.vocabulary import build_tokenizer
+
+MODELS = facts.DATA / "models"
+FAMILIES = {"llama3": (LlamaConfig, LlamaForCausalLM), "gemma2": (Gemma2Config, Gemma2ForCausalLM), "gemma": (GemmaConfig, GemmaForCausalLM)}
+BUCKETS = (24, 40, 80)  # documents are padded to one of these lengths, so that only three shapes are compiled
+CHUNK = 4000  # documents drawn together and sorted into batches
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """Architecture, data and optimization of one tiny model."""
+
+    family: str
+    n_kv_heads: int
+    n_layers: int = 10
+    d_model: int = 192
+    n_heads: int = 6
+    d_mlp: int = 512
+    n_merges: int = 500
+    steps: int = 4400
+    batch_tokens: int = 2304
+    learning_rate: float = 2e-3
+    weight_decay: float = 0.05
+    warmup: int = 100
+    final_rate: float = 0.05  # share of the learning rate left at the last step
+    seed: int = 0
+
+
+RECIPES = {
+    "tiny-llama3": Recipe("llama3", n_kv_heads=2),
+    "tiny-gemma2": Recipe("gemma2", n_kv_heads=3),
+    "tiny-gemma": Recipe("gemma", n_kv_heads=6),
+}
+
+
+def corpus() -> Corpus:
+    """The documents about the bundled athletes and world facts."""
+    return Corpus(facts.load("athletes"), facts.load("world"))
+
+
+def tokenizer_for(recipe: Recipe, source: Corpus):
+    """The recipe's tokenizer, trained on all subjects and on a fixed sample of general text."""
+    rng = random.Random(0)
+    general = [source.general(rng) for _ in range(3000)]
+    everything = (*source.athletes, *source.world)
+    solved = {subject for f in everything for subject, _ in f.relation.examples}
+    return build_tokenizer(sorted({f.subject for f in everything} | solved), source.templates() + general, recipe.n_merges)
+
+
+def new_model(recipe: Recipe, tokenizer):
+    """A freshly initialised model. Ties embeddings as Gemma does; sizes follow from the recipe, not from class defaults."""
+    config_class, model_class = FAMILIES[recipe.family]
+    special = {"query_pre_attn_scalar": recipe.d_model // recipe.n_heads, "sliding_window": 128} if recipe.family == "gemma2" else {}
+    config = config_class(
+        vocab_size=len(tokenizer), hidden_size=recipe.d_model, intermediate_size=recipe.d_mlp, num_hidden_layers=recipe.n_layers,
+        num_attention_heads=recipe.n_heads, num_key_value_heads=recipe.n_kv_heads, head_dim=recipe.d_model // recipe.n_heads,
+        max_position_embeddings=512, tie_word_embeddings=True, pad_token_id=tokenizer.pad_token_id,
+        bos_token_id=tokenizer.bos_token_id, eos_token_id=tokenizer.eos_token_id, attn_implementation="eager", **special)
+    torch.manual_seed(recipe.seed)
+    return model_class(config)
+
+
+def batches(source: Corpus, tokenizer, recipe: Recipe, start: int = 0) -> Iterator[torch.Tensor]:
+    """Endless (rows, length) token batches, padded with PAD, from batch number ``start`` on.
+
+    Chunks of documents are drawn from (seed, chunk number) and sorted by length into full batches
+    of about ``batch_tokens``; the few left over in a chunk are dropped.
+    """
+    number, chunk = 0, 0
+    while True:
+        rng = random.Random(f"documents-{recipe.seed}-{chunk}")
+        chunk += 1
+        documents = [source.document(rng) for _ in range(CHUNK)]
+        queues, ready = {b: [] for b in BUCKETS}, []
+        for ids in tokenizer(documents)["input_ids"]:
+            ids = ids + [tokenizer.eos_token_id]
+            bucket = next((b for b in BUCKETS if len(ids) <= b), None)
+            if bucket is None:
+                continue
+            queues[bucket].append(ids + [tokenizer.pad_token_id] * (bucket - len(ids)))
+            if len(queues[bucket]) == recipe.batch_tokens // bucket:
+                ready.append(queues.pop(bucket))
+                queues[bucket] = []
+        rng.shuffle(ready)
+        for rows in ready:
+            if number >= start:
+                yield torch.tensor(rows)
+            number += 1
+
+
+def loss_of(model, tokens: torch.Tensor, pad: int) -> torch.Tensor:
+    """Mean next-token loss in nats over real tokens. Padding is on the right, so a causal model needs no mask."""
+    logits = model(input_ids=tokens, use_cache=False).logits[:, :-1].float()
+    return F.cross_entropy(logits.flatten(0, 1), tokens[:, 1:].flatten(), ignore_index=pad)
+
+
+def rate_at(step: int, recipe: Recipe) -> float:
+    """Learning rate: linear warm-up, then a cosine down to ``final_rate``."""
+    warm = min(1.0, (step + 1) / recipe.warmup)
+    cosine = 0.5 * (1 + torch.cos(torch.tensor(torch.pi * step / recipe.steps)).item())
+    return recipe.learning_rate * warm * (recipe.final_rate + (1 - recipe.final_rate) * cosine)
+
+
+def train(recipe: Recipe, folder: Path, device: str = "cpu", compiled: bool = True, every: int = 200) -> None:
+    """Train to the last step, checkpointing into ``folder``; continue from a checkpoint found there.
+
+    Writes ``curve.csv`` (step, tokens, loss, seconds) and, at the end, the model and tokenizer in
+    transformers' format with bf16 weights. bf16 autocast over fp32 weights.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    source = corpus()
+    tokenizer = tokenizer_for(recipe, source)
+    model = new_model(recipe, tokenizer).to(device).train()
+    matrices = [p for p in model.parameters() if p.dim() > 1]
+    others = [p for p in model.parameters() if p.dim() <= 1]
+    optimizer = torch.optim.AdamW([{"params": matrices, "weight_decay": recipe.weight_decay}, {"params": others, "weight_decay": 0.0}],
+                                  lr=recipe.learning_rate, betas=(0.9, 0.98), fused=True)
+    step, tokens, log = _resume(folder, recipe, model, optimizer)
+    loss_function = torch.compile(loss_of, dynamic=False) if compiled else loss_of
+    began = time.time() - (log[-1]["seconds"] if log else 0)
+    bar = tqdm(total=recipe.steps, initial=step, desc=folder.name, mininterval=10)
+    losses = []
+    for batch in batches(source, tokenizer, recipe, start=step):
+        if step >= recipe.steps:
+            break
+        for group in optimizer.param_groups:
+            group["lr"] = rate_at(step, recipe)
+        batch = batch.to(device)
+        with torch.autocast(device, torch.bfloat16):
+            loss = loss_function(model, batch, tokenizer.pad_token_id)
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+        step += 1
+        tokens += int((batch != tokenizer.pad_token_id).sum())
+        losses.append(loss.item())
+        bar.update()
+        if step % 50 == 0:
+            seconds = time.time() - began
+            log.append({"step": step, "tokens": tokens, "loss": round(sum(losses) / len(losses), 4), "seconds": round(seconds, 1)})
+            bar.set_postfix(loss=log[-1]["loss"], tokens_per_s=int(tokens / seconds))
+            losses = []
+        if step % every == 0:
+            _checkpoint(folder, recipe, model, optimizer, step, tokens, log)
+    bar.close()
+    export(model, tokenizer, folder, recipe, log)
+
+
+def export(model, tokenizer, folder: Path, recipe: Recipe, log: list[dict]) -> None:
+    """Save bf16 weights, tokenizer, recipe and curve; drop the checkpoint."""
+    model.to(torch.bfloat16).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    (folder / "recipe.json").write_text(json.dumps(asdict(recipe), indent=1) + "\n")
+    with open(folder / "curve.csv", "w", newline="") as file:
+        writer = csv.DictWriter(file, list(log[0]), lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(log)
+    (folder / "checkpoint.safetensors").unlink(missing_ok=True)
+
+
+def _checkpoint(folder: Path, recipe: Recipe, model, optimizer, step: int, tokens: int, log: list[dict]) -> None:
+    """Weights and both Adam moments, written beside and moved into place: a kill leaves the old checkpoint whole."""
+    named = dict(model.named_parameters())
+    arrays = {f"weight.{n}": p.detach() for n, p in named.items()}
+    for moment in ("exp_avg", "exp_avg_sq"):
+        arrays |= {f"{moment}.{n}": optimizer.state[p][moment] for n, p in named.items()}
+    state = {"step": str(step), "tokens": str(tokens), "log": json.dumps(log), "recipe": json.dumps(asdict(recipe))}
+    temporary = folder / "checkpoint.part"
+    save_file({k: v.contiguous().cpu() for k, v in arrays.items()}, temporary, metadata=state)
+    os.replace(temporary, folder / "checkpoint.safetensors")
+
+
+def _resume(folder: Path, recipe: Recipe, model, optimizer) -> tuple[int, int, list[dict]]:
+    """Load a checkpoint of the same recipe into model and optimizer; (step, tokens, log), or zeros without one."""
+    path = folder / "checkpoint.safetensors"
+    if not path.is_file():
+        return 0, 0, []
+    with safe_open(path, "pt") as file:
+        state = file.metadata()
+        if json.loads(state["recipe"]) != asdict(recipe):
+            raise ValueError(f"{path} belongs to another recipe; delete it, or train into another folder")
+        step = int(state["step"])
+        for name, p in model.named_parameters():
+            p.data.copy_(file.get_tensor(f"weight.{name}"))
+            optimizer.state[p] = {"step": torch.tensor(float(step)), **{m: file.get_tensor(f"{m}.{name}").to(p.device) for m in ("exp_avg", "exp_avg_sq")}}
+    return step, int(state["tokens"]), json.loads(state["log"])
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("models", nargs="+", choices=sorted(RECIPES), help="which tiny models to train, one after the other")
+    parser.add_argument("--out", type=Path, default=MODELS, help="folder that receives one folder a model")
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--threads", type=int, default=0, help="CPU threads (0: torch's default)")
+    args = parser.parse_args()
+    if args.threads:
+        torch.set_num_threads(args.threads)
+    for name in args.models:
+        # Compiling the loss takes a minute and saves a third of the time; it needs a C++ compiler.
+        compiled = args.device != "cpu" or shutil.which("g++") is not None or shutil.which("clang++") is not None
+        train(RECIPES[name], args.out / name, args.device, compiled)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,123 @@
+"""Where a result comes from: commit, package versions, machine, and the content of its inputs."""
+
+import hashlib
+import importlib.metadata
+import json
+import os
+import platform
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+PACKAGES = (
+    "torch transformers nnsight transformer_lens tokenizers safetensors datasets numpy pandas scipy "
+    "scikit-learn matplotlib pydantic papermill"
+).split()
+
+
+def project_root() -> Path:
+    """The folder that holds `helpers/` in a checkout, else (installed as a package) the working directory."""
+    root = Path(__file__).resolve().parents[1]
+    return root if (root / "pyproject.toml").exists() else Path.cwd()
+
+
+def short_path(path: Path | str) -> str:
+    """A path inside the project relative to its root, any other one as it is."""
+    path = Path(path).absolute()
+    root = project_root()
+    return path.relative_to(root).as_posix() if path.is_relative_to(root) else str(path)
+
+
+def content_hash(path: Path | str) -> str:
+    """sha256 of a file, or of a folder's file names and contents.
+
+    Raises FileNotFoundError when there is nothing at `path`.
+    """
+    path = Path(path)
+    if path.is_file():
+        with path.open("rb") as file:
+            return hashlib.file_digest(file, "sha256").hexdigest()
+    if not path.is_dir():
+        raise FileNotFoundError(f"nothing to hash at {path}")
+    files = sorted(file for file in path.rglob("*") if file.is_file() and not file.name.startswith("."))
+    return text_hash("".join(f"{file.relative_to(path).as_posix()}\0{content_hash(file)}\n" for file in files))
+
+
+def code_hash(notebook: str) -> str:
+    """sha256 of all that computes a notebook's rows: the helpers and, in a checkout, its own code cells."""
+    package = Path(__file__).parent
+    parts = [f"{file.relative_to(package).as_posix()}\0{content_hash(file)}" for file in sorted(package.rglob("*.py"))]
+    path = project_root() / "notebooks" / f"{notebook}.ipynb"
+    if path.exists():
+        # outputs are left out: executing a notebook does not change its code
+        cells = json.loads(path.read_text(encoding="utf-8"))["cells"]
+        parts += ["".join(cell["source"]) for cell in cells if cell["cell_type"] == "code"]
+    return text_hash("\n".join(parts))
+
+
+def text_hash(text: str) -> str:
+    """sha256 of a text in UTF-8."""
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def git_state(root: Path) -> dict[str, Any] | None:
+    """Commit and dirty flag of the repository whose top folder is `root`; None where there is none."""
+
+    def git(*arguments: str) -> str:
+        command = ["git", "-C", str(root), *arguments]
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+
+    try:
+        # a copy that lies inside somebody else's repository must not borrow that commit
+        if Path(git("rev-parse", "--show-toplevel")).resolve() != root.resolve():
+            return None
+        return {"commit": git("rev-parse", "HEAD"), "dirty": bool(git("status", "--porcelain"))}
+    except (OSError, subprocess.CalledProcessError):
+        return None
+
+
+def describe_machine() -> dict[str, Any]:
+    """Python, platform, threads, and the versions of the packages that produce numbers."""
+    # torch is asked only where a notebook has imported it already: importing takes seconds
+    torch = sys.modules.get("torch")
+    wanted = os.environ.get("OMP_NUM_THREADS") or str(os.cpu_count())
+    threads = torch.get_num_threads() if torch else int(wanted.split(",")[0])
+    return {
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+        "threads": threads,
+        "packages": {name: version for name in PACKAGES if (version := _version(name))},
+    }
+
+
+def _version(package: str) -> str | None:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def write_atomic(path: Path, write: Callable[[Path], Any]) -> None:
+    """Let `write` fill a temporary neighbour of `path`, then move it into place in one step.
+
+    A reader, or a run that is killed half way, sees the old file or the new one, never a torn one.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{os.getpid()}.{path.name}")
+    try:
+        write(temporary)
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a text file in one step."""
+    write_atomic(path, lambda temporary: temporary.write_text(text, encoding="utf-8"))
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Write a JSON file in one step."""
+    write_text(path, json.dumps(value, indent=1, ensure_ascii=False) + "\n")
