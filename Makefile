@@ -11,7 +11,7 @@ PY   := $(VENV)/bin/python
 WANTED := $(VENV)/installed.txt
 
 .DEFAULT_GOAL := help
-.PHONY: help env run lab notebooks figures check test test-slow models clean
+.PHONY: help env run lab notebooks figures check test test-slow test-gpu models clean
 
 help: ## show this list
 	@grep -hE '^[a-z-]+( [a-z]+)*:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-18s %s\n", $$1, $$2}'
@@ -40,14 +40,19 @@ notebooks figures: env ## regenerate the committed outputs and figures/ (as make
 check: env ## check that the notebooks keep their conventions
 	$(PY) -m helpers.notebooks check
 
-# tests never reach for a model hub
-test test-slow: export HF_HUB_OFFLINE = 1
+# tests never reach for a model hub; one worker a core, each with one thread
+test test-slow test-gpu: export HF_HUB_OFFLINE = 1
+test test-slow test-gpu: export OMP_NUM_THREADS = 1
+PYTEST = $(PY) -m pytest -q -n auto --dist loadfile
 
 test: env ## run the tests
-	$(PY) -m pytest -q -m "not slow and not gpu"
+	$(PYTEST) -m "not slow and not gpu"
 
 test-slow: env ## run the slow tests too
-	$(PY) -m pytest -q -m "not gpu"
+	$(PYTEST) -m "not gpu"
+
+test-gpu: env ## run the tests that need an accelerator
+	$(PYTEST) -m gpu
 
 models: env ## train the tiny models again (MODELS="tiny-llama3")
 	set -e; for model in $(MODELS); do $(PY) -m helpers.pretrain $$model; done

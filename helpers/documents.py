@@ -3,8 +3,9 @@
 Facts are written in the very formats of `helpers.prompts`, so that a tiny model knows every format
 we later ask or attack with, plus statements in which the answer follows the name at once (these
 make the name's last token carry the fact). ``declarative_only`` marks the 30 % of athletes that
-never appear in question, multiple-choice or in-context form: formats learned from other athletes
-must carry over to them.
+are never asked about in question, multiple-choice or one-shot form (in another athlete's few-shot
+document one may stand as a solved line, which is a plain statement): formats learned from other
+athletes must carry over to them.
 """
 
 from __future__ import annotations
@@ -27,8 +28,10 @@ SPORT_STATEMENTS = (
     "Reporters who follow {subject} write about", "The posters of {subject} advertise", "Every highlight of {subject} is a moment of",
     "{subject} gave the best years of life to", "Coaches of {subject} have always taught", "A shirt signed by {subject} is a treasure for fans of",
 )
-AT_ONCE = ("Player: {subject} ({answer})", "Player: {subject}, {answer}", "Star: {subject}: {answer}", "The athlete {subject} - {answer}", "Card: {subject} {answer}")
-WORLD_AT_ONCE = ("Note: {subject} ({answer})", "Note: {subject}, {answer}")
+# The answer straight after the name: only the name's last token can carry it there.
+AT_ONCE = (("Player: {subject} {answer}", "sport"), ("Star: {subject} {answer}", "league"), ("Card: {subject} {answer}", "venue"),
+           ("Athlete: {subject}: {answer}", "sport"), ("Roster: {subject}, {answer}", "league"))
+WORLD_AT_ONCE = ("Note: {subject} {answer}", "Entry: {subject}: {answer}")
 
 KINDS = "red blue green small large old young quiet happy hungry".split()
 ACTORS = "farmer teacher child doctor sailor baker painter driver neighbor student gardener pilot".split()
@@ -42,12 +45,13 @@ NUMBERS = "one two three four five six seven eight nine ten".split()
 class Mix:
     """Shares of document kinds: among all documents, then within athletes, world facts and general text."""
 
-    topics: tuple[tuple[str, float], ...] = (("athletes", 0.5), ("world", 0.33), ("general", 0.17))
+    topics: tuple[tuple[str, float], ...] = (("athletes", 0.45), ("world", 0.30), ("general", 0.25))
     athletes: tuple[tuple[str, float], ...] = (
-        ("statement", 0.20), ("at_once", 0.22), ("attribute", 0.16), ("one_shot", 0.07), ("few_shot", 0.02),
-        ("capitalised", 0.03), ("dashed", 0.03), ("qa", 0.10), ("mcq", 0.17))
-    world: tuple[tuple[str, float], ...] = (("statement", 0.47), ("at_once", 0.08), ("one_shot", 0.06), ("qa", 0.14), ("mcq", 0.25))
-    general: tuple[tuple[str, float], ...] = (("sum", 0.12), ("count", 0.10), ("list", 0.14), ("prose", 0.28), ("lookup", 0.36))
+        ("statement", 0.16), ("at_once", 0.22), ("attribute", 0.13), ("one_shot", 0.06), ("few_shot", 0.03),
+        ("capitalised", 0.03), ("dashed", 0.03), ("qa", 0.08), ("mcq", 0.26))
+    world: tuple[tuple[str, float], ...] = (("statement", 0.40), ("at_once", 0.10), ("one_shot", 0.05), ("qa", 0.11), ("mcq", 0.34))
+    general: tuple[tuple[str, float], ...] = (
+        ("sum", 0.08), ("count", 0.06), ("list", 0.08), ("prose", 0.22), ("recite", 0.30), ("lookup", 0.26))
 
 
 def declarative_only(fact: Fact) -> bool:
@@ -84,8 +88,9 @@ class Corpus:
         if declarative_only(fact) and kind not in ("statement", "at_once", "attribute"):
             kind = _draw(rng, self.mix.athletes[:3])
         if kind == "at_once":
-            values = [fact.answer, *(a.of(fact.answer) for a in fact.relation.attributes)]
-            return rng.choice(AT_ONCE).format(subject=fact.subject, answer=rng.choice(values))
+            template, value = rng.choice(AT_ONCE)
+            values = {"sport": fact.answer} | {a.name: a.of(fact.answer) for a in fact.relation.attributes}
+            return template.format(subject=fact.subject, answer=values[value])
         if kind == "statement":
             extra = rng.choice(SPORT_STATEMENTS)
             return self._statement(rng, replace(fact, paraphrases=(*fact.relation.paraphrases, extra)))
@@ -118,12 +123,13 @@ class Corpus:
     def templates(self) -> list[str]:
         """All fixed wording and all answers, for the tokenizer's whole words; no subject is among them."""
         relations = {f.relation.name: f.relation for f in (*self.athletes, *self.world)}.values()
-        texts = [*SPORT_STATEMENTS, *AT_ONCE, *WORLD_AT_ONCE, prompts.SYSTEM, prompts.mcq_text("", "wxyz", 0)[0], "Fact: Question: Answer:"]
+        texts = [*SPORT_STATEMENTS, *(t for t, _ in AT_ONCE), *WORLD_AT_ONCE, prompts.SYSTEM, prompts.mcq_text("", "wxyz", 0)[0], "Fact: Question: Answer:"]
         for r in relations:
             texts += [r.cloze, *r.paraphrases, r.question, *(a.cloze for a in r.attributes), *(v for a in r.attributes for _, v in a.pairs)]
         answers = {a for names in self.world_answers.values() for a in names} | set(self.athletes[0].relation.options)
         texts += sorted(answers) + [o.capitalize() for o in self.athletes[0].relation.options]
-        return ["  " + t.replace("{subject}", "").replace("{answer}", "") for t in texts]
+        plain = [t.replace("{subject}", "").replace("{answer}", "") for t in texts]
+        return plain + [" " + t for t in plain]  # a word is one token at the start of a text too
 
     def _statement(self, rng: random.Random, fact: Fact) -> str:
         phrases = fact.paraphrases or fact.relation.paraphrases
@@ -149,6 +155,12 @@ class Corpus:
 
     def _prose(self, rng: random.Random) -> str:
         return " ".join(f"The {rng.choice(KINDS)} {rng.choice(ACTORS)} {rng.choice(VERBS)} the {rng.choice(KINDS)} {rng.choice(THINGS)} {rng.choice(PLACES)}." for _ in range(rng.choice((1, 2))))
+
+    def _recite(self, rng: random.Random) -> str:
+        """Lettered options, then some of them again with their letters: the plainest form of binding a letter to an option."""
+        words = rng.sample(self.words, 4)
+        listed = "\n".join(f"{letter}: {word}" for letter, word in zip(prompts.LETTERS, words))
+        return f"Options:\n{listed}\nKey: " + ", ".join(f"{w} {prompts.LETTERS[words.index(w)]}" for w in rng.sample(words, 3))
 
     def _lookup(self, rng: random.Random) -> str:
         """A question whose answer stands in the question: teaches the letters before any fact is needed."""

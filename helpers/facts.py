@@ -1,4 +1,4 @@
-"""Facts, the relations they belong to, and their splits into forget and retain sets.
+"""Facts and the relations they belong to. Splits into forget and retain sets are in `helpers.splits`.
 
 A fact is a (subject, relation) pair with one true answer and one *edit answer*, fixed in the data
 so that every method edits to the same false answer. Facts come from a CSV file with the columns
@@ -10,12 +10,14 @@ derived from the other facts of the relation, or refused with a message naming r
 
 from __future__ import annotations
 
+import codecs
 import csv
 import hashlib
+import io
 import random
 from collections import Counter, defaultdict
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import yaml
@@ -24,6 +26,8 @@ DATA = Path(__file__).resolve().parent.parent / "data"
 BUNDLED = {"athletes": DATA / "athletes.csv", "world": DATA / "world.csv"}
 REQUIRED = ("subject", "relation", "answer")
 N_DISTRACTORS = 3
+ROLES = ("", "example")
+RELATION_FIELDS = ("cloze", "paraphrases", "question", "noun", "options", "attributes")
 
 
 class FactsError(ValueError):
@@ -78,7 +82,7 @@ class Fact:
 
 @dataclass(frozen=True)
 class Facts(Sequence):
-    """An ordered set of facts, keyed by (subject, relation). Indexing by a slice or list gives Facts."""
+    """An ordered set of facts, keyed by (subject, relation). A slice, list or mask as index gives Facts."""
 
     items: tuple[Fact, ...]
     name: str = "facts"
@@ -90,10 +94,8 @@ class Facts(Sequence):
         return iter(self.items)
 
     def __getitem__(self, index):
-        if isinstance(index, slice):
-            return Facts(self.items[index], self.name)
-        if hasattr(index, "__iter__"):
-            return Facts(tuple(self.items[int(i)] for i in index), self.name)
+        if isinstance(index, slice) or hasattr(index, "__iter__"):
+            return Facts(tuple(self.items[i] for i in row_numbers(index, len(self))), self.name)
         return self.items[index]
 
     def where(self, keep) -> "Facts":
@@ -110,26 +112,19 @@ class Facts(Sequence):
 
     def digest(self) -> str:
         """Content hash of the facts (not of the file): equal facts in equal order, equal digest."""
-        text = "\n".join("\t".join((*f.key, f.answer, f.edit, *f.distractors)) for f in self.items)
-        return hashlib.sha256(text.encode()).hexdigest()[:16]
+        return hashlib.sha256(repr(self.items).encode()).hexdigest()[:16]
 
 
-@dataclass(frozen=True)
-class Split:
-    """Forget and retain sets of one experiment, and the halves of the forget set used by attacks.
-
-    ``forget`` is edited; ``attack_train`` / ``attack_test`` are its two halves, stratified by
-    answer; ``retain_train`` / ``retain_test`` divide all other facts 80 / 20 in file order.
-    """
-
-    spec: str
-    seed: int
-    forget: Facts
-    attack_train: Facts
-    attack_test: Facts
-    retain_train: Facts
-    retain_test: Facts
-    record: dict = field(default_factory=dict, compare=False)
+def row_numbers(index, n: int) -> list[int]:
+    """The rows out of n that a slice, a sequence of row numbers or a mask (one boolean a row) selects."""
+    if isinstance(index, slice):
+        return list(range(n)[index])
+    chosen = index.tolist() if hasattr(index, "tolist") else list(index)
+    if any(isinstance(i, bool) for i in chosen):
+        if len(chosen) != n:
+            raise IndexError(f"a mask of {len(chosen)} rows does not fit {n} rows")
+        return [i for i, keep in enumerate(chosen) if keep]
+    return [int(i) for i in chosen]
 
 
 def load(source: str | Path = "athletes", relations: str | Path | None = None, edit: str = "edit_answer") -> Facts:
@@ -141,7 +136,8 @@ def load(source: str | Path = "athletes", relations: str | Path | None = None, e
     """
     path = BUNDLED.get(str(source), Path(source))
     if not path.is_file():
-        raise FactsError(f"no facts at {source!r}: give one of {sorted(BUNDLED)} or the path of a CSV file with the columns {', '.join(REQUIRED)}")
+        raise FactsError(f"no facts at {str(source)!r}: give one of {', '.join(BUNDLED)} or the path of a CSV file "
+                         f"with the columns {', '.join(REQUIRED)}")
     if relations is None:
         beside = path.with_suffix(".yaml")
         relations = beside if beside.is_file() else DATA / "relations.yaml"
@@ -152,11 +148,14 @@ def load(source: str | Path = "athletes", relations: str | Path | None = None, e
     examples = defaultdict(tuple)
     for line, row in rows:
         if row["relation"] not in templates:
-            raise FactsError(f"{path.name}, row {line}, column relation: unknown relation {row['relation']!r}; {Path(relations).name} has {', '.join(sorted(templates))}")
+            raise FactsError(f"{path.name}, row {line}, column relation: unknown relation {row['relation']!r}; "
+                             f"{Path(relations).name} has {', '.join(sorted(templates))}")
         if row.get("role") == "example":
             examples[row["relation"]] += ((row["subject"], row["answer"]),)
     templates = {name: replace(r, examples=examples[name]) for name, r in templates.items()}
     asked = [(line, row) for line, row in rows if row.get("role") != "example"]
+    if not asked:
+        raise FactsError(f"{path.name}: no facts, only examples")
     return Facts(tuple(_complete(path, asked, templates, edit)), path.stem)
 
 
@@ -165,118 +164,96 @@ def load_relations(path: str | Path) -> dict[str, Relation]:
     path = Path(path)
     if not path.is_file():
         raise FactsError(f"no relation templates at {path}")
-    raw = yaml.safe_load(path.read_text(encoding="utf-8"))
+    try:
+        raw = yaml.safe_load(_text(path))
+    except yaml.YAMLError as error:
+        raise FactsError(f"{path.name}: not valid YAML: {' '.join(str(error).split())}") from None
     if not isinstance(raw, dict):
         raise FactsError(f"{path.name}: expected a mapping of relation name to templates")
     return {name: _relation(path.name, name, spec) for name, spec in raw.items()}
 
 
-def split(facts: Facts, forget: str = "first-64", seed: int = 0) -> Split:
-    """Split facts as the paper does (spec section 1.1), with stratified halves for attacks.
+def __getattr__(name: str):
+    # Splits are part of this module's interface, but helpers.splits imports it: look them up on demand.
+    if name in ("Split", "split", "halves", "neighbors"):
+        from helpers import splits
 
-    ``forget``: ``first-<n>`` (the first n facts), ``answer-<word>`` (all facts with that answer) or
-    ``slice-<k>-of-<n>`` (the k-th run of n facts, from 0). The retain set is everything else.
-    Raises FactsError for an unknown spec, an empty forget set or one that leaves nothing to retain.
-    """
-    chosen = _forget_indices(facts, forget)
-    if not chosen:
-        raise FactsError(f"forget={forget!r} selects no fact out of {len(facts)}; answers are {sorted(facts.counts())}")
-    keys = {facts[i].key for i in chosen}
-    rest = facts.where(lambda f: f.key not in keys)
-    if len(rest) < 5:
-        raise FactsError(f"forget={forget!r} takes {len(chosen)} of {len(facts)} facts and leaves {len(rest)} to retain; at least 5 are needed")
-    cut = round(0.8 * len(rest))
-    target = facts[chosen]
-    first, second = halves(target, seed)
-    record = {"forget": forget, "seed": seed, "facts": facts.digest(), "n_forget": len(target), "n_retain": len(rest),
-              "attack_train": [f.subject for f in first], "forget_answers": dict(target.counts())}
-    return Split(forget, seed, target, first, second, rest[:cut], rest[cut:], record)
-
-
-def halves(facts: Facts, seed: int = 0) -> tuple[Facts, Facts]:
-    """Two halves of the facts, stratified by answer: an answer with m facts has m/2 in each, give or take one.
-
-    (In the paper's first-16 split the first half in file order has no basketball player.)
-    """
-    by_answer = defaultdict(list)
-    for i, fact in enumerate(facts):
-        by_answer[fact.answer].append(i)
-    rng, first = random.Random(f"halves-{seed}"), []
-    odd = 0
-    for answer in sorted(by_answer):
-        group = by_answer[answer]
-        rng.shuffle(group)
-        # Odd groups give their extra fact to the two halves in turn, so that the halves stay equal.
-        take = (len(group) + (odd % 2 if len(group) % 2 else 0)) // 2
-        odd += len(group) % 2
-        first += group[:take]
-    chosen = set(first)
-    return facts[sorted(chosen)], facts[[i for i in range(len(facts)) if i not in chosen]]
-
-
-def neighbors(fact: Fact, facts: Facts, n: int = 2) -> Facts:
-    """Up to n other facts of the same relation with the same answer (CounterFact's neighborhood)."""
-    same = [f for f in facts if f.relation.name == fact.relation.name and f.answer == fact.answer and f.subject != fact.subject]
-    rng = random.Random(f"neighbors-{fact.subject}-{fact.relation.name}")
-    return Facts(tuple(rng.sample(same, min(n, len(same)))), facts.name)
-
-
-def _forget_indices(facts: Facts, spec: str) -> list[int]:
-    kind, _, rest = spec.partition("-")
-    if kind == "answer" and rest:
-        return [i for i, f in enumerate(facts) if f.answer == rest]
-    numbers = rest.split("-of-")
-    if all(x.isdigit() for x in numbers) and (kind, len(numbers)) in (("first", 1), ("slice", 2)):
-        size = int(numbers[-1])
-        start = int(numbers[0]) * size if kind == "slice" else 0
-        if start + size > len(facts):
-            raise FactsError(f"forget={spec!r} needs {start + size} facts, but only {len(facts)} are there (or known to the model)")
-        return list(range(start, start + size))
-    raise FactsError(f"forget={spec!r} is not understood: use first-<n>, answer-<word> or slice-<k>-of-<n>")
+        return getattr(splits, name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 
 def _relation(file: str, name: str, spec: dict) -> Relation:
-    if not isinstance(spec, dict) or "cloze" not in spec:
-        raise FactsError(f"{file}: relation {name!r} needs at least a 'cloze' template")
-    spec = dict(spec)
-    attributes = tuple(Attribute(k, v["cloze"], tuple(v["answers"].items())) for k, v in spec.pop("attributes", {}).items())
-    unknown = set(spec) - {"cloze", "paraphrases", "question", "noun", "options"}
+    where = f"{file}: relation {name!r}"
+    if not isinstance(spec, dict) or not spec.get("cloze"):
+        raise FactsError(f"{where} needs at least a 'cloze' template")
+    unknown = sorted(set(map(str, spec)) - set(RELATION_FIELDS))
     if unknown:
-        raise FactsError(f"{file}: relation {name!r} has unknown fields {sorted(unknown)}")
-    templates = [spec["cloze"], *spec.get("paraphrases", []), *(a.cloze for a in attributes)]
-    if spec.get("question"):
-        templates.append(spec["question"])
-    for template in templates:
-        if template.count("{subject}") != 1 or template != template.rstrip():
-            raise FactsError(f"{file}: relation {name!r}: template {template!r} must contain {{subject}} once and end without a space")
+        raise FactsError(f"{where} has unknown fields {unknown}; fields are {', '.join(RELATION_FIELDS)}")
+    paraphrases, options = (_words(where, field, spec.get(field) or []) for field in ("paraphrases", "options"))
+    attributes = []
+    for key, value in (spec.get("attributes") or {}).items():
+        if not isinstance(value, dict) or set(value) != {"cloze", "answers"} or not isinstance(value["answers"], dict):
+            raise FactsError(f"{where}: attribute {key!r} needs 'cloze' and 'answers', a mapping of answer to value")
+        pairs = zip(_words(where, key, [*value["answers"]]), _words(where, key, [*value["answers"].values()]))
+        attributes.append(Attribute(key, value["cloze"], tuple(pairs)))
+    noun = spec.get("noun") or "answer"
     # Without a question the cloze itself is asked: any relation can be put as question and answer.
-    question = spec.get("question") or f"Which {spec.get('noun', 'answer')} completes this: {spec['cloze']} ...?"
-    return Relation(name, spec["cloze"], tuple(spec.get("paraphrases", ())), question, spec.get("noun", "answer"),
-                    options=tuple(spec.get("options", ())), attributes=attributes)
+    question = spec.get("question") or f"Which {noun} completes this: {spec['cloze']} ...?"
+    templates = (spec["cloze"], *paraphrases, question, *(a.cloze for a in attributes))
+    for template in _words(where, "templates", [*templates]):
+        if template.count("{subject}") != 1 or template != template.strip():
+            raise FactsError(f"{where}: template {template!r} must contain {{subject}} once, with no space around it all")
+    return Relation(name, spec["cloze"], paraphrases, question, noun, options=options, attributes=tuple(attributes))
+
+
+def _words(where: str, field: str, values: list) -> tuple[str, ...]:
+    """A list of strings from YAML, which reads an unquoted ``no`` or ``1`` as something else."""
+    if not isinstance(values, list) or not all(isinstance(v, str) and v for v in values):
+        raise FactsError(f"{where}, {field}: expected a list of texts (put quotes around words such as yes, no, 1), got {values!r}")
+    return tuple(values)
+
+
+def _text(path: Path) -> str:
+    data = path.read_bytes().removeprefix(codecs.BOM_UTF8)
+    try:
+        return data.decode("utf-8")
+    except UnicodeDecodeError as error:
+        line = data[: error.start].count(b"\n") + 1
+        raise FactsError(f"{path.name}, row {line}: not UTF-8 (byte {data[error.start]:#x}); save the file as UTF-8") from None
 
 
 def _read_rows(path: Path) -> list[tuple[int, dict]]:
-    """(line number, row) pairs, validated for columns, blanks and duplicate keys."""
+    """(line in the file, row) pairs, validated for columns, blanks and duplicate keys."""
+    reader = csv.DictReader(io.StringIO(_text(path), newline=""), strict=True)
     try:
-        text = path.read_text(encoding="utf-8-sig")
-    except UnicodeDecodeError as error:
-        line = path.read_bytes()[: error.start].count(b"\n") + 1
-        raise FactsError(f"{path.name}, row {line}: not UTF-8 (byte {error.start}); save the file as UTF-8") from None
-    reader = csv.DictReader(text.splitlines())
-    missing = [c for c in REQUIRED if c not in (reader.fieldnames or ())]
+        return _checked(path, reader)
+    except csv.Error as error:
+        raise FactsError(f"{path.name}, row {reader.line_num + 1}: {error} (is a quote left open?)") from None
+
+
+def _checked(path: Path, reader: csv.DictReader) -> list[tuple[int, dict]]:
+    columns = reader.fieldnames = [(c or "").strip() for c in reader.fieldnames or ()]
+    missing = [c for c in REQUIRED if c not in columns]
     if missing:
-        raise FactsError(f"{path.name}: missing column(s) {', '.join(missing)}; found {', '.join(reader.fieldnames or ()) or 'none'}")
+        raise FactsError(f"{path.name}: missing column(s) {', '.join(missing)}; found {', '.join(columns) or 'none'}")
+    if len(set(columns)) < len(columns):
+        raise FactsError(f"{path.name}: a column stands twice among {', '.join(columns)}")
     rows, seen = [], {}
-    for line, row in enumerate(reader, start=2):
-        row = {k: (v or "").strip() for k, v in row.items() if k}
+    for row in reader:
+        where = f"{path.name}, row {reader.line_num}"
+        if None in row:
+            raise FactsError(f"{where}: more values than columns; put quotes around a value that contains a comma")
+        row = {k: " ".join((v or "").split()) for k, v in row.items()}
         for column in REQUIRED:
             if not row[column]:
-                raise FactsError(f"{path.name}, row {line}, column {column}: empty")
+                raise FactsError(f"{where}, column {column}: empty")
+        if row.get("role", "") not in ROLES:
+            raise FactsError(f"{where}, column role: {row['role']!r}; leave it empty, or write 'example'")
         key = row["subject"], row["relation"]
         if key in seen:
-            raise FactsError(f"{path.name}, row {line}: ({key[0]}, {key[1]}) stands in row {seen[key]} already")
-        seen[key] = line
-        rows.append((line, row))
+            raise FactsError(f"{where}: ({key[0]}, {key[1]}) stands in row {seen[key]} already")
+        seen[key] = reader.line_num
+        rows.append((reader.line_num, row))
     if not rows:
         raise FactsError(f"{path.name}: no facts")
     return rows
@@ -288,22 +265,23 @@ def _complete(path: Path, rows: list[tuple[int, dict]], templates: dict[str, Rel
     for _, row in rows:
         answers[row["relation"]][row["answer"]] += 1
     for line, row in rows:
-        relation, true = templates[row["relation"]], row["answer"]
+        where, relation, true = f"{path.name}, row {line}", templates[row["relation"]], row["answer"]
         others = sorted((set(answers[relation.name]) | set(relation.options)) - {true})
         rng = random.Random(f"{row['subject']}-{relation.name}")
         target = row.get(edit) or (rng.choice(others) if others else "")
         if not target:
-            raise FactsError(f"{path.name}, row {line}, column {edit}: relation {relation.name!r} has no other answer to draw an edit answer from; fill the column")
+            raise FactsError(f"{where}, column {edit}: relation {relation.name!r} has no other answer to draw an edit answer "
+                             "from; fill the column")
         if target == true:
-            raise FactsError(f"{path.name}, row {line}, column {edit}: the edit answer equals the true answer {true!r}")
+            raise FactsError(f"{where}, column {edit}: the edit answer equals the true answer {true!r}")
         wrong = [d.strip() for d in row.get("distractors", "").split("|") if d.strip()]
         if true in wrong or len(set(wrong)) < len(wrong):
-            raise FactsError(f"{path.name}, row {line}, column distractors: {'|'.join(wrong)!r} repeats an option or contains the true answer")
+            raise FactsError(f"{where}, column distractors: {'|'.join(wrong)!r} repeats an option or contains the true answer")
         wrong = [target, *(d for d in wrong if d != target)][: N_DISTRACTORS if wrong else 1]
         spare = [o for o in others if o not in wrong]
         wrong += rng.sample(spare, min(len(spare), N_DISTRACTORS - len(wrong)))
         phrases = tuple(p.strip() for p in row.get("paraphrases", "").split("|") if p.strip())
         for phrase in phrases:
             if phrase.count("{subject}") != 1:
-                raise FactsError(f"{path.name}, row {line}, column paraphrases: {phrase!r} must contain {{subject}} once")
+                raise FactsError(f"{where}, column paraphrases: {phrase!r} must contain {{subject}} once")
         yield Fact(row["subject"], relation, true, target, tuple(wrong), phrases)

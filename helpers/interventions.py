@@ -76,7 +76,8 @@ class Intervention:
             if self.op == "resample":
                 value = resample(clean, where, self.value, str(self))
             else:
-                value = clean[batch.mask.to(clean.device)].double().mean(0).to(clean.dtype)
+                wide = torch.promote_types(clean.dtype, torch.float32)
+                value = clean[batch.mask.to(clean.device)].mean(0, dtype=wide)
             if self.units is not None:
                 value = value[..., self.units, :] if len(features) == 2 else value[..., self.units]
         else:

@@ -61,7 +61,7 @@ def scores(logits: torch.Tensor, prompts: PromptSet) -> pd.DataFrame:
     p_true, p_edit   probability of the first answer token over the full vocabulary
     q_true, q_edit   the same, restricted to the prompt's options
     top_true, top_edit     1.0 where that answer is the argmax of the full vocabulary
-    pick_true, pick_edit   1.0 where it is the argmax among the options
+    pick_true, pick_edit   1.0 where it alone is the argmax among the options (a tie or a NaN counts for neither)
     """
     p = logits.softmax(-1)
     rows = torch.arange(len(prompts))
@@ -87,6 +87,12 @@ def ask_mcq(model: Model, facts: Facts, orders: Sequence[int] = formats.LATIN_SQ
     return pd.concat(tables).groupby(keys, sort=False, as_index=False).mean(numeric_only=True)
 
 
+def top_tokens(model: Model, prompts: PromptSet, k: int = 5) -> pd.DataFrame:
+    """The k likeliest next tokens of the first prompt: columns ``token``, ``p``."""
+    p, ids = last_logits(model, prompts[:1]).softmax(-1)[0].topk(k)
+    return pd.DataFrame({"token": [model.tokenizer.decode([i]) for i in ids.tolist()], "p": p.tolist()}).round(3)
+
+
 def known(model: Model, facts: Facts, threshold: float = 0.5) -> Facts:
     """The facts the model knows: full-vocabulary p(true) on the one-shot prompt of at least ``threshold`` (spec section 1.3)."""
     p = ask(model, facts, "one_shot")["p_true"].to_numpy()
@@ -98,24 +104,32 @@ def text_loss(model: Model, texts: Iterable[str], batch_size: int = 64) -> float
     """Mean next-token loss in nats over all tokens of the texts: what an edit does to everything else."""
     texts, total, count = list(texts), 0.0, 0
     for start in range(0, len(texts), batch_size):
-        rows = [torch.tensor(ids) for ids in model.tokenizer(texts[start:start + batch_size])["input_ids"]]
+        encoded = model.tokenizer(texts[start:start + batch_size])["input_ids"]
+        rows = [torch.tensor(ids) for ids in encoded if len(ids) > 1]
+        if not rows:
+            continue
         tokens = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True).to(model.device)
         mask = torch.nn.utils.rnn.pad_sequence([torch.ones_like(r) for r in rows], batch_first=True).to(model.device)
         logits = model.hf(input_ids=tokens, attention_mask=mask, use_cache=False).logits[:, :-1].float()
         labels = tokens[:, 1:].masked_fill(mask[:, 1:] == 0, -100)
         total += F.cross_entropy(logits.flatten(0, 1), labels.flatten(), reduction="sum").item()
         count += int((labels != -100).sum())
+    if not count:
+        raise ValueError("no text with at least two tokens: there is no next token to predict")
     return total / count
 
 
 def _table(prompts: PromptSet, among: torch.Tensor, columns: dict[str, torch.Tensor]) -> pd.DataFrame:
-    q, pick = among.softmax(-1), among.argmax(-1)
-    columns = {**columns, "q_true": q[:, 0], "q_edit": q[:, 1], "pick_true": pick == 0, "pick_edit": pick == 1}
+    q = among.softmax(-1)
+    # Compared with the others instead of by argmax, which gives ties (common in bf16) and NaNs to the first, true option.
+    best_other = [among[:, [k for k in range(among.shape[1]) if k != j]].amax(1) for j in (0, 1)]
+    columns = {**columns, "q_true": q[:, 0], "q_edit": q[:, 1],
+               "pick_true": among[:, 0] > best_other[0], "pick_edit": among[:, 1] > best_other[1]}
     facts = {"subject": [f.subject for f in prompts.facts], "relation": [f.relation.name for f in prompts.facts],
              "answer": [f.answer for f in prompts.facts], "edit": [f.edit for f in prompts.facts], "format": prompts.format}
     return pd.DataFrame(facts | {name: value.double().numpy() for name, value in columns.items()})
 
 
-def _from_first(last: torch.Tensor) -> slice | torch.Tensor:
+def _from_first(last: torch.Tensor) -> torch.Tensor:
     """Positions whose logits are needed: from the earliest last token to the latest."""
     return torch.arange(int(last.min()), int(last.max()) + 1, device=last.device)

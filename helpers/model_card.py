@@ -70,10 +70,15 @@ def depth(model: Model, athletes: facts.Facts) -> pd.DataFrame:
     return pd.concat(tables, ignore_index=True)
 
 
-def arrivals(table: pd.DataFrame) -> dict[str, float]:
-    """L(name), L(last position) and the best accuracy at the name, from `depth`."""
+def arrivals(table: pd.DataFrame) -> dict[str, float | None]:
+    """L(name) and L(last position), None where the sport is never read above chance, and the best accuracy at the name."""
     by = {p: t.sort_values("layer") for p, t in table.groupby("position")}
-    first = {p: probes.arrival(t["accuracy"].tolist(), t["chance"].mean()) for p, t in by.items()}
+    first = {}
+    for position, t in by.items():
+        try:
+            first[position] = probes.arrival(t["accuracy"].tolist(), t["chance"].mean())
+        except ValueError:  # not above chance anywhere: a model that has not learned it
+            first[position] = None
     return {"L(name)": first["name"], "L(last)": first["last"], "best at name": by["name"]["accuracy"].max()}
 
 
@@ -111,7 +116,9 @@ def missed(card: dict) -> list[str]:
     if gap > 0.1:
         found.append(f"general text, held out minus training: {gap:.3f} > 0.1 nat")
     deep = card["depth"]
-    wanted = {"L(name) >= 2": deep["L(name)"] >= 2, "L(last) - L(name) >= 2": deep["L(last)"] - deep["L(name)"] >= 2, "best at name >= .9": deep["best at name"] >= 0.9}
+    name, last = deep["L(name)"], deep["L(last)"]
+    wanted = {"L(name) >= 2": name is not None and name >= 2, "best at name >= .9": deep["best at name"] >= 0.9,
+              "L(last) - L(name) >= 2": None not in (name, last) and last - name >= 2}
     return found + [f"depth: {name} (is {deep})" for name, holds in wanted.items() if not holds]
 
 
@@ -126,7 +133,7 @@ def _text(name: str, recipe: dict, card: dict) -> str:
         "athletes and world facts; not affiliated with, and no weights taken from, the makers of the models of that name. "
         "It knows nothing but its training text and is meant for studying how facts are stored and edited.", "",
         f"{card['parameters'] / 1e6:.2f} M parameters, {card['tokens'] / 1e6:.1f} M training tokens, seed {recipe['seed']}, "
-        f"{card['minutes']} minutes on one CPU core ({', '.join(f'{k} {v}' for k, v in card['versions'].items())}). "
+        f"{card['minutes']} minutes of training ({', '.join(f'{k} {v}' for k, v in card['versions'].items())}). "
         f"Retrain: `make models MODELS={name}`; measure and rewrite this card: `python -m helpers.model_card {name}`.", "",
         "## What it knows", "", "Top-1 accuracy over the full vocabulary, weights rounded to bfloat16. Chance is 1/3 for the three "
         "sports, 1/4 for MCQ among its letters.", "", "| format | accuracy | bar |", "|---|---|---|", *table, "",

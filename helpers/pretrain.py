@@ -41,13 +41,14 @@ class Recipe:
 
     family: str
     n_kv_heads: int
-    n_layers: int = 10
+    n_layers: int = 12
     d_model: int = 192
     n_heads: int = 6
-    d_mlp: int = 512
-    n_merges: int = 500
-    steps: int = 4400
+    d_mlp: int = 448
+    n_merges: int = 1600
+    steps: int = 3600
     batch_tokens: int = 2304
+    answer_weight: float = 8.0  # of a document's last token in the loss
     learning_rate: float = 2e-3
     weight_decay: float = 0.05
     warmup: int = 100
@@ -58,7 +59,7 @@ class Recipe:
 RECIPES = {
     "tiny-llama3": Recipe("llama3", n_kv_heads=2),
     "tiny-gemma2": Recipe("gemma2", n_kv_heads=3),
-    "tiny-gemma": Recipe("gemma", n_kv_heads=6),
+    "tiny-gemma": Recipe("gemma", n_kv_heads=6, d_mlp=384),
 }
 
 
@@ -117,10 +118,19 @@ def batches(source: Corpus, tokenizer, recipe: Recipe, start: int = 0) -> Iterat
             number += 1
 
 
-def loss_of(model, tokens: torch.Tensor, pad: int) -> torch.Tensor:
-    """Mean next-token loss in nats over real tokens. Padding is on the right, so a causal model needs no mask."""
+def loss_of(model, tokens: torch.Tensor, pad: int, eos: int, answer_weight: float) -> torch.Tensor:
+    """Weighted mean next-token loss in nats over real tokens; the last token before EOS counts ``answer_weight`` times.
+
+    That token is the answer. In a multiple choice it is one token of some forty, most of which are
+    names and options that nothing predicts: unweighted, their noise drowns it. Padding is on the
+    right, so a causal model needs no mask.
+    """
     logits = model(input_ids=tokens, use_cache=False).logits[:, :-1].float()
-    return F.cross_entropy(logits.flatten(0, 1), tokens[:, 1:].flatten(), ignore_index=pad)
+    labels = tokens[:, 1:]
+    losses = F.cross_entropy(logits.flatten(0, 1), labels.flatten(), reduction="none").view(labels.shape)
+    closing = F.pad(labels[:, 1:] == eos, (0, 1))
+    weights = (labels != pad) * (1 + (answer_weight - 1) * closing)
+    return (losses * weights).sum() / weights.sum()
 
 
 def rate_at(step: int, recipe: Recipe) -> float:
@@ -155,8 +165,8 @@ def train(recipe: Recipe, folder: Path, device: str = "cpu", compiled: bool = Tr
         for group in optimizer.param_groups:
             group["lr"] = rate_at(step, recipe)
         batch = batch.to(device)
-        with torch.autocast(device, torch.bfloat16):
-            loss = loss_function(model, batch, tokenizer.pad_token_id)
+        with torch.autocast(torch.device(device).type, torch.bfloat16):
+            loss = loss_function(model, batch, tokenizer.pad_token_id, tokenizer.eos_token_id, recipe.answer_weight)
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
@@ -165,7 +175,7 @@ def train(recipe: Recipe, folder: Path, device: str = "cpu", compiled: bool = Tr
         tokens += int((batch != tokenizer.pad_token_id).sum())
         losses.append(loss.item())
         bar.update()
-        if step % 50 == 0:
+        if step % 50 == 0 or step == recipe.steps:
             seconds = time.time() - began
             log.append({"step": step, "tokens": tokens, "loss": round(sum(losses) / len(losses), 4), "seconds": round(seconds, 1)})
             bar.set_postfix(loss=log[-1]["loss"], tokens_per_s=int(tokens / seconds))
@@ -212,7 +222,7 @@ def _resume(folder: Path, recipe: Recipe, model, optimizer) -> tuple[int, int, l
         step = int(state["step"])
         for name, p in model.named_parameters():
             p.data.copy_(file.get_tensor(f"weight.{name}"))
-            optimizer.state[p] = {"step": torch.tensor(float(step)), **{m: file.get_tensor(f"{m}.{name}").to(p.device) for m in ("exp_avg", "exp_avg_sq")}}
+            optimizer.state[p] = {"step": torch.tensor(float(step), device=p.device), **{m: file.get_tensor(f"{m}.{name}").to(p.device) for m in ("exp_avg", "exp_avg_sq")}}
     return step, int(state["tokens"]), json.loads(state["log"])
 
 

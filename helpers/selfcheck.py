@@ -48,10 +48,10 @@ def self_check(model: Model) -> None:
 def _check_sum(model: Model, activations: dict[tuple[str, int], torch.Tensor]) -> None:
     layers = range(model.n_layers)
     parts = [("embed", 0)] + [(site, layer) for layer in layers for site in ("attn_out", "mlp_out")]
-    total = sum(activations[pair].double().cpu() for pair in parts)
-    final = activations["resid_post", model.n_layers - 1].double().cpu()
+    total = sum(activations[pair].cpu().double() for pair in parts)
+    final = activations["resid_post", model.n_layers - 1].cpu().double()
     # Each addition rounds once, relative to the residual at that point; the errors add like a random walk.
-    size = max(activations["resid_post", layer].double().norm(dim=-1).max().item() for layer in layers)
+    size = max(activations["resid_post", layer].cpu().double().norm(dim=-1).max().item() for layer in layers)
     allowed = 4 * torch.finfo(model.dtype).eps * math.sqrt(len(parts)) * size
     error = (total - final).norm(dim=-1).max().item()
     if not error <= allowed:

@@ -190,7 +190,7 @@ class _Tap:
         n, length = batch.tokens.shape
         pattern = (n, model.n_heads, length, length)
         self.shape = pattern if site == "attn_pattern" else (n, length, *feature_shape(model, site))
-        # the model keeps the heads side by side in one dimension
+        # heads lie side by side in the model's own tensor
         self.stored_shape = (n, length, model.n_heads * model.d_head) if site == "head" else self.shape
 
     def fetch(self) -> torch.Tensor:
@@ -212,10 +212,8 @@ class _Tap:
 
 
 class _Pass:
-    """One forward pass over some rows of the prompts, and everything that happens on the way.
-
-    After `run` it holds what a `Trace` does. With `track`, gradients flow from the logits to `kept`.
-    """
+    """One forward pass over some rows. After `run` it holds what a `Trace` does; with `track`, gradients
+    flow from the logits to `kept`."""
 
     def __init__(self, model: Model, whole: Batch, rows: torch.Tensor, edits, reads, index=None, track=False):
         self.model, self.rows, self.edits, self.track = model, rows, edits, track

@@ -14,7 +14,7 @@ import torch
 from transformers import AutoTokenizer
 
 from helpers import tracing
-from helpers.models import Model
+from helpers.models import Component, Model
 from helpers.tracing import Intervention, KnockOut, TracingError, gradients, intervene, knock_out_attention, read
 
 EDITABLE = ("resid_pre", "resid_post", "attn_out", "mlp_out", "head", "neuron")
@@ -295,6 +295,16 @@ def test_all_heads_together_are_the_attention(pair, prompts):
     torch.testing.assert_close(by_heads.logits, by_output.logits, atol=1e-4, rtol=1e-4)
 
 
+def test_silencing_a_head_is_zeroing_its_columns_of_the_output_matrix(pair, prompts):
+    model, hf = pair
+    without = Model.of(copy.deepcopy(hf), families.tokenizer())
+    name = f"{model.path('o', 1)}.weight"
+    without.hf.get_parameter(name)[model.parameters(Component("head", 1, 2))[name]] = 0
+    every = torch.ones_like(prompts.tokens, dtype=torch.bool)
+    silenced = intervene(model, prompts, [Intervention("head", 1, every, op="zero", heads=[2])])
+    torch.testing.assert_close(silenced.logits, read(without, prompts).logits, atol=1e-5, rtol=1e-5)
+
+
 # Knock-out ------------------------------------------------------------------------------------------
 
 
@@ -466,7 +476,7 @@ def test_a_module_that_returns_one_row_is_noticed():
     model = Model.of(families.build("llama"), families.tokenizer())
     block, original = model.block(1), model.block(1).forward
     block.forward = lambda *args, **kwargs: original(*args, **kwargs)[0]
-    with pytest.raises(TracingError, match=r"resid_post at layer 1: found \(9, 32\) in the model, expected \(5, 9, 32\)"):
+    with pytest.raises(TracingError, match=r"resid_post at layer 1: found \(9, 32\) in the model, expected \(5, 9, 32"):
         read(model, families.prompts(), [("resid_post", 1)])
 
 

@@ -1,0 +1,30 @@
+"""Style shared by all figures: colour-blind safe (seaborn's "colorblind" palette, blue-orange diverging maps), static."""
+
+from __future__ import annotations
+
+import matplotlib as mpl
+import seaborn as sns
+from matplotlib.figure import Figure
+
+PALETTE = sns.color_palette("colorblind")
+DIVERGING = "PuOr"
+STYLE = {
+    "figure.dpi": 110, "savefig.dpi": 150, "font.size": 10, "axes.titlesize": 11,
+    "axes.spines.top": False, "axes.spines.right": False, "axes.grid": True, "grid.alpha": 0.25, "grid.linewidth": 0.6,
+    "legend.frameon": False, "lines.linewidth": 1.8, "axes.prop_cycle": mpl.cycler(color=PALETTE),
+}
+
+
+def canvas(n_cols: int = 1, n_rows: int = 1, width: float = 4.6, height: float = 3.2, **options):
+    """(figure, axes) in the project's style, without touching pyplot's global state."""
+    with mpl.rc_context(STYLE):
+        figure = Figure(figsize=(width * n_cols, height * n_rows), layout="constrained")
+        return figure, figure.subplots(n_rows, n_cols, **options)
+
+
+def reference(ax, chance: float, ceiling: float | None = 1.0) -> None:
+    """Dotted lines at chance level and ceiling, labelled."""
+    ax.axhline(chance, color="0.45", linestyle=":", linewidth=1.2)
+    ax.annotate(f"chance {chance:.2f}", (1, chance), xycoords=("axes fraction", "data"), ha="right", va="bottom", fontsize=8, color="0.35")
+    if ceiling is not None:
+        ax.axhline(ceiling, color="0.45", linestyle=":", linewidth=0.8)
