@@ -65,7 +65,7 @@ def format_bars(table: pd.DataFrame, chance: float | None = None, gate: float | 
     for level, label in ((chance, "chance"), (gate, "gate")):
         if level is not None:
             ax.axvline(level, color="0.3", linestyle=":" if label == "chance" else "--", linewidth=1.2)
-            ax.annotate(f"{label} {level:.2f} ", (level, 0.01), xycoords=("data", "axes fraction"), ha="right", va="bottom", fontsize=8, color="0.3", backgroundcolor="white")
+            ax.annotate(f"{label} {level:.2f} ", (level, len(formats) - 0.45), ha="right", va="top", fontsize=8, color="0.3")
     ax.grid(axis="y", visible=False)
     if len(groups) > 1:
         ax.legend(loc="upper left", bbox_to_anchor=(1.01, 1))
