@@ -1,0 +1,116 @@
+"""Attacks on an edit: one file an attack, polite to brutal.
+
+    rows = attacks.run(model, edit, split, "standard")                       # everything below, one tidy table
+    rows = attacks.relearn(model, edit, split, how="full", steps=(0, 5, 20)) # or one of them
+    attacks.by_setting(rows), attacks.summarise(attacks.worst_case(rows, split))
+
+The convention, the same for every attack:
+
+- **It takes the original model and the edit**, `attack(model, edit, split, *, …, seed=0)`, applies the edit itself and
+  takes it off again. Whatever happens, the model has the weights it came with, bit for bit. `edit=None` attacks the
+  model as it is.
+- **It returns one row a fact**, setting and group: `attack`, `setting`, `group`, `subject`, `relation`, `answer`, `edit`,
+  `prob_true`, `prob_edit`, `top_true`, `top_edit` (as `helpers.unlearning.evaluation` reads them), `top_other` (1 where
+  the choice among the options is another one), `format`, `counts` (False where the unedited model does not master
+  the format), `control` (empty, or what this row controls for), then the attack's own columns.
+- **Groups**: `forget` holds facts that the attack was not trained on; `shown` those that it was; `retain` facts that
+  neither edit nor attack trained on, to tell recovery from a wrecked model.
+- Same seed, same rows.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+
+import pandas as pd
+
+from helpers.attacks.depth import depth_score, patch
+from helpers.attacks.headline import by_setting, summarise, worst_case
+from helpers.attacks.latent import probe
+from helpers.attacks.prompting import gate, prompt
+from helpers.attacks.relearning import dose_response, relearn, relearn_text
+from helpers.attacks.rows import AttackError, swapped, untouched
+from helpers.attacks.soft_prompts import soft_prompt
+from helpers.attacks.weights import interpolate, noise, prune, quantise, undo
+from helpers.models import Model
+from helpers.prompts import ORDERS
+from helpers.splits import Split
+from helpers.unlearning.edit import Edit
+
+__all__ = ["ATTACKS", "PROFILES", "Attack", "AttackError", "by_setting", "depth_score", "dose_response", "gate", "interpolate",
+           "noise", "patch", "probe", "prompt", "prune", "quantise", "relearn", "relearn_text", "run", "soft_prompt", "summarise",
+           "swapped", "undo", "untouched", "worst_case"]
+
+PROFILES = ("quick", "standard", "full")
+
+
+@dataclass(frozen=True)
+class Attack:
+    """An entry of the registry: what to call, what an attacker needs for it, and its options in each profile (None: left out)."""
+
+    call: Callable[..., pd.DataFrame]
+    needs: str  # answers, training, activations, weights, or the original weights
+    quick: dict | None = None
+    standard: dict | None = field(default_factory=dict)
+    full: dict | None = field(default_factory=dict)
+
+
+_ALL, _PLAIN = {"orders": tuple(range(len(ORDERS)))}, {"formats": ("one_shot",)}
+_DOSES = {"rates": (2e-4, 1e-3, 5e-3), "shown": (0, 4, 8, 16, None), "steps": (0, 1, 2, 5, 10, 20, 50, 100)}
+_POLITE = ("few-shot, forgotten facts", "paraphrase 1", "QA", "MCQ", "league")
+
+ATTACKS: dict[str, Attack] = {
+    "none": Attack(untouched, "answers", {"n_retain": 40}, {}, _ALL),
+    "prompt": Attack(prompt, "answers", {"asked": _POLITE, "n_retain": 40}, {}, _ALL),
+    "relearn lora": Attack(partial(relearn, how="lora"), "training", {"steps": (0, 10), "n_retain": 40, **_PLAIN},
+                           {"invented": True}, {"invented": True, **_DOSES}),
+    "relearn full": Attack(partial(relearn, how="full"), "training", None, {}, {"invented": True, **_DOSES}),
+    "relearn text": Attack(relearn_text, "training", None, _PLAIN, {"rates": _DOSES["rates"], "steps": _DOSES["steps"]}),
+    "probe": Attack(probe, "activations", {"n_train": 200, "n_retain": 40}),
+    "patch": Attack(patch, "the original weights"),
+    "soft prompt": Attack(partial(soft_prompt, kind="prompt"), "training", None, {}, {"restarts": 4, "steps": (0, 20, 60, 120)}),
+    "soft attention": Attack(partial(soft_prompt, kind="attention"), "training", None, None,
+                             {"size": 15, "restarts": 4, "steps": (0, 20, 60, 120)}),
+    "quantise": Attack(quantise, "weights", {"n_retain": 40, **_PLAIN}),
+    "prune": Attack(prune, "weights", None, _PLAIN, {"shares": (0.05, 0.1, 0.2, 0.3, 0.4, 0.5)}),
+    "noise": Attack(noise, "weights", None, _PLAIN, {"levels": (0.02, 0.05, 0.1, 0.2, 0.4), "draws": 3}),
+    "undo": Attack(undo, "the original weights", None, _PLAIN, {"ranks": (1, 2, 4, 8, 16, 32, 64, None)}),
+    "interpolate": Attack(interpolate, "the original weights", None, _PLAIN, {"amounts": tuple(i / 8 for i in range(11))}),
+}
+
+
+def run(model: Model, edit: Edit | None, split: Split, profile: str = "standard", *, only: Sequence[str] | None = None,
+        texts: Sequence[str] | None = None, counts: Mapping[str, bool] | None = None, seed: int = 0) -> pd.DataFrame:
+    """All attacks of a profile (`quick`, `standard`, `full`), or those named in `only`, in one table.
+
+    `texts` goes to relearning, `counts` (from `gate`) to prompting. An attack that cannot be made on these facts is left
+    out with a warning; `rows.attrs["left_out"]` says why. Raises `AttackError` for an unknown profile or attack.
+    """
+    if profile not in PROFILES:
+        raise AttackError(f"attacks: profile {profile!r}; there are {', '.join(PROFILES)}")
+    unknown = sorted(set(only or ()) - set(ATTACKS))
+    if unknown:
+        raise AttackError(f"attacks: {', '.join(unknown)}; there are {', '.join(ATTACKS)}")
+    tables, left_out = [], {}
+    for name, attack in ATTACKS.items():
+        options = getattr(attack, profile)
+        if options is None or (only is not None and name not in only):
+            continue
+        options = {**options, "seed": seed, **({"texts": texts} if name.startswith("relearn") else {})}
+        if "shown" in options:
+            options["shown"] = [n for n in options["shown"] if n is None or n < len(split.attack_train)]
+        if name == "prompt":
+            options["counts"] = counts
+        try:
+            tables.append(attack.call(model, edit, split, **options))
+        except AttackError as error:
+            left_out[name] = str(error)
+            warnings.warn(f"attack {name} left out: {error}", stacklevel=2)
+    if not tables:
+        raise AttackError(f"attacks: none could be made: {'; '.join(left_out.values())}")
+    rows = pd.concat(tables, ignore_index=True)
+    rows.attrs = {"left_out": left_out}
+    return rows

@@ -1,0 +1,144 @@
+"""Relearning: train the edited model on the true answers of half the forgotten facts, read the other half.
+
+What comes back without having been shown was suppressed, not removed. Every reading is a dose: so many facts shown, so
+many steps, at such a rate. Beside it stand the facts that were shown, retain accuracy (a wrecked model is no recovery),
+and two controls: the same attack on invented names, and training on unrelated text.
+
+As published (spec section 6.1): LoRA on every matrix, α 32, dropout .05, learning rate 2e-4, cosine over 20 steps without
+clipping, retain and text terms with weight 1, rank 512 there and d_model / 6, which is the same, here. A step draws 32
+examples of each term (there 16 texts).
+"""
+
+from __future__ import annotations
+
+import random
+from collections import defaultdict
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from functools import partial
+
+import pandas as pd
+
+from helpers.attacks.invented import CONTROL, invented_split
+from helpers.attacks.rows import AttackError, applied, check_halves, check_trainable, kept, read, tidy
+from helpers.facts import Facts
+from helpers.models import Model
+from helpers.prompts import LATIN_SQUARE
+from helpers.selection import everything
+from helpers.splits import Split
+from helpers.unlearning.edit import Edit
+from helpers.unlearning.finetune import finetune
+from helpers.unlearning.lora import finetune_lora
+from helpers.unlearning.objectives import Relearn
+from helpers.unlearning.training import Settings
+
+PUBLISHED = Settings(learning_rate=2e-4, steps=20, batch=32, clip=None, text_tokens=128)
+HOW = ("lora", "full")
+DOSE = ["attack", "control", "group", "format", "shown", "rate", "step"]
+
+
+def relearn(model: Model, edit: Edit | None, split: Split, *, how: str = "lora", rates: Sequence[float] = (2e-4,),
+            shown: Sequence[int | None] = (None,), steps: Sequence[int] = (0, 10, 20), settings: Settings = PUBLISHED,
+            rank: int | None = None, texts: Sequence[str] | None = None, formats: Sequence[str] = ("one_shot", "mcq"),
+            orders: Sequence[int] = LATIN_SQUARE, n_retain: int = 100, invented: bool = False, seed: int = 0) -> pd.DataFrame:
+    """Attack `relearn lora` or `relearn full`: one training a rate and number of facts shown, read after each of `steps`.
+
+    Args:
+        how: `lora`, or `full` for fine-tuning of all matrices.
+        rates: learning rates. The cosine always falls to 0 at the last of `steps`.
+        shown: how many facts of `attack_train` are shown, None for all, 0 for none (retain and text terms only). Fewer
+            facts are a part of more, with the same shares of answers as far as possible.
+        settings: everything else of the training; its rate and number of steps are not used.
+        texts: general text for the third term; None takes the tiny models' own kind.
+        invented: also attack as many invented names; their rows have the control `invented names`.
+
+    Groups: `forget` (`attack_test`, never shown), `shown`, `retain`. Further columns: `how`, `shown`, `rate`, `step`. A
+    training that breaks down gives a warning and no rows after. Raises `AttackError` for a split without two halves,
+    more facts to show than there are, or a quantised model.
+    """
+    check_trainable(model, f"relearn {how}")
+    check_halves(split)
+    for n in shown:
+        if n is not None and not 0 <= n <= len(split.attack_train):
+            raise AttackError(f"relearning: {n} facts to show, and attack_train holds {len(split.attack_train)}")
+    tables = []
+    for control in ("", CONTROL) if invented else ("",):
+        given = invented_split(split, model.tokenizer, seed) if control else split
+        for n in shown:
+            for rate in rates:
+                facts = nested(given.attack_train, len(given.attack_train) if n is None else n, seed)
+                dose = {"how": how, "shown": len(facts), "rate": rate}
+                label = f"{'all' if n is None else n} facts, lr {rate:g}"
+                terms = ("forget", "retain", "text") if len(facts) else ("retain", "text")
+                table = _curve(model, edit, given, facts, terms, how, replace(settings, learning_rate=rate), steps, rank, texts,
+                               seed, partial(read, model, given, formats=formats, orders=orders), n_retain)
+                tables += _named(table, f"relearn {how}", label, control, dose)
+    return pd.concat(tables, ignore_index=True)
+
+
+def relearn_text(model: Model, edit: Edit | None, split: Split, *, how: str = "full", rates: Sequence[float] = (2e-4,),
+                 steps: Sequence[int] = (0, 10, 20), settings: Settings = PUBLISHED, rank: int | None = None,
+                 texts: Sequence[str] | None = None, formats: Sequence[str] = ("one_shot", "mcq"),
+                 orders: Sequence[int] = LATIN_SQUARE, n_retain: int = 100, seed: int = 0) -> pd.DataFrame:
+    """Attack `relearn text`: training on unrelated text alone, with no fact at all. Otherwise as `relearn`; no group `shown`."""
+    check_trainable(model, "relearn text")
+    check_halves(split)
+    tables = []
+    for rate in rates:
+        table = _curve(model, edit, split, split.attack_train[:0], ("text",), how, replace(settings, learning_rate=rate), steps,
+                       rank, texts, seed, partial(read, model, split, formats=formats, orders=orders), n_retain)
+        tables += _named(table, "relearn text", f"{how}, lr {rate:g}", "", {"how": how, "shown": 0, "rate": rate})
+    return pd.concat(tables, ignore_index=True)
+
+
+def nested(facts: Facts, n: int, seed: int = 0) -> Facts:
+    """n of the facts, in file order: the first n of one drawn order in which the answers take turns."""
+    rng, by_answer = random.Random(f"shown-{seed}"), defaultdict(list)
+    rows = rng.sample(range(len(facts)), len(facts))
+    for row in rows:
+        by_answer[facts[row].answer].append(row)
+    # the k-th of m facts with an answer comes when (k + ½) / m of all have come
+    when = {row: (k + 0.5) / len(group) for group in by_answer.values() for k, row in enumerate(group)}
+    return facts[sorted(sorted(rows, key=when.get)[:n])]
+
+
+def dose_response(rows: pd.DataFrame) -> pd.DataFrame:
+    """Means over facts by attack, control, group, format, facts shown, rate and step, with `n` facts each."""
+    means = rows.groupby(DOSE, sort=False)[["prob_true", "prob_edit", "top_true", "top_edit"]].mean()
+    return means.assign(n=rows.groupby(DOSE, sort=False).size()).reset_index()
+
+
+def _curve(model: Model, edit: Edit | None, split: Split, facts: Facts, terms: tuple[str, ...], how: str, settings: Settings,
+           steps: Sequence[int], rank: int | None, texts: Sequence[str] | None, seed: int,
+           reading: Callable[[dict[str, Facts]], pd.DataFrame], n_retain: int) -> pd.DataFrame:
+    """One training from the edited model, read after each of the steps."""
+    if how not in HOW:
+        raise AttackError(f"relearning: how={how!r}; there are {', '.join(HOW)}")
+    if not steps or min(steps) < 0:
+        raise AttackError(f"relearning: steps {tuple(steps)}; give the numbers of steps after which to read, 0 or more")
+    groups = {"forget": split.attack_test, "shown": facts, "retain": kept(split, n_retain)}
+    tables = []
+
+    def watch(step: int) -> dict[str, float]:
+        if step in steps:
+            tables.append(reading({name: group for name, group in groups.items() if len(group)}).assign(step=step))
+        return {}
+
+    with applied(model, edit):
+        if not max(steps):
+            watch(0)
+        else:
+            given = dict(objective=Relearn(terms=terms), settings=replace(settings, steps=max(steps)), texts=texts, seed=seed,
+                         forget=facts if len(facts) else split.attack_train, watch=watch)
+            if how == "full":
+                finetune(model, split, everything(model), **given)
+            else:
+                finetune_lora(model, split, rank=rank, **given)
+    return pd.concat(tables, ignore_index=True)
+
+
+def _named(table: pd.DataFrame, attack: str, label: str, control: str, dose: dict) -> list[pd.DataFrame]:
+    """The table cut into settings: rate, facts shown, step and format read."""
+    parts = table.groupby(["step", "format"], sort=False)
+    return [tidy(part, attack, f"{label}, step {step}, {format}", control=control, **dose, step=step)
+            for (step, format), part in parts]
