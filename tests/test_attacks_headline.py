@@ -19,8 +19,8 @@ def table(attack, setting, forget, retain=1.0, facts=None, control="", counts=Tr
         values = np.broadcast_to(value, len(some))
         same = {"attack": attack, "setting": setting, "group": group, "relation": "sport", "prob_edit": edit, "top_edit": edit,
                 "format": format, "counts": counts, "control": control}
-        made += [{**same, "subject": f.subject, "answer": f.answer, "edit": f.edit, "prob_true": v, "top_true": v, "top_other": float(1 - v - edit > max(v, edit))}
-                 for f, v in zip(some, values)]
+        made += [{**same, "subject": f.subject, "answer": f.answer, "edit": f.edit, "prob_true": v, "top_true": v,
+                  "top_other": float(1 - v - edit > max(v, edit))} for f, v in zip(some, values)]
     return pd.DataFrame(made)
 
 
