@@ -101,6 +101,16 @@ def test_probe_classes_that_are_too_few():
         attacks.probe(model, None, cases.a_split(), n_train=1)
 
 
+def test_an_answer_that_no_retain_fact_has_is_left_out_alone():
+    given = cases.a_split()
+    baseball = given.forget.where(lambda f: f.answer == "baseball")
+    others = given.retain_train.where(lambda f: f.answer != "baseball")
+    with pytest.warns(UserWarning, match="not probed: .*fewer than two retain facts with the answer 'baseball'"):
+        rows = attacks.probe(cases.known(), None, replace(given, retain_train=others), lens=False, n_retain=3)
+    read = rows[rows["group"] == "forget"]
+    assert read["subject"].nunique() == cases.N_FORGET - len(baseball) and "baseball" not in set(read["answer"])
+
+
 def test_relations_are_probed_apart_and_the_unservable_left_out():
     given = cases.a_split()
     other = replace(given.forget[0].relation, name="game", cloze="The game of {subject} is")

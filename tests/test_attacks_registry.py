@@ -1,6 +1,7 @@
 """The convention, held to by every attack: rows, the model's weights, determinism, and what is refused."""
 
 import copy
+import warnings
 from functools import partial
 
 import attacks_cases as cases
@@ -127,6 +128,15 @@ def test_profiles():
     for bad, message in ((dict(profile="lazy"), "profile 'lazy'"), (dict(only=["charm"]), "charm; there are none, prompt")):
         with pytest.raises(attacks.AttackError, match=message):
             attacks.run(cases.known(), cases.edit(), cases.a_split(), **bad)
+
+
+def test_ways_of_asking_that_facts_lack_are_not_asked():
+    """World facts have no league."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        rows = attacks.run(cases.random_model(), None, split(load("world")[:60], "first-8"), "quick", only=["prompt"], counts={})
+    assert {"QA", "MCQ"} <= set(rows["setting"]) and "league" not in set(rows["setting"])
+    assert rows.attrs["left_out"].keys() <= {"prompt, few-shot, forgotten facts"}
 
 
 def test_an_attack_that_these_facts_do_not_allow_is_left_out():

@@ -49,7 +49,7 @@ def test_the_halves_stay_apart_and_labels_are_true():
     assert set(rows.query("group == 'shown'")["subject"]) == {f.subject for f in given.attack_train}
     retained = {f.subject for f in given.retain_test}
     assert set(rows.query("group == 'retain'")["subject"]) <= retained
-    assert cases.mean(rows, group="shown", step=0) == 0 < .7 < cases.mean(rows, group="shown", step=8)
+    assert cases.mean(rows, group="shown", step=0) == 0 and cases.mean(rows, group="shown", step=8) > .7
     assert cases.mean(rows, "prob_edit", group="shown", step=8) < .2
     truth = {f.subject: (f.answer, f.edit) for f in given.forget}
     assert all(truth[r.subject] == (r.answer, r.edit) for r in rows[rows["group"] != "retain"].itertuples())

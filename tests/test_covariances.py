@@ -1,7 +1,7 @@
 """Second moments of keys: a direct computation, a stated number of tokens, and a cache that goes by content."""
 
-import small
 import pytest
+import small
 import torch
 
 from helpers.unlearning.covariances import CovarianceError, covariances, texts_to_preserve
@@ -55,13 +55,12 @@ def test_cache_goes_by_content(tmp_path, monkeypatch):
     model = small.model()
     first = covariances(model, [0, 1], small.TEXTS, 30, tmp_path)
     assert sorted(p.stem for p in tmp_path.iterdir()) == sorted(c.key for c in first.values())
-    from helpers.unlearning import covariances as module
 
     def never(*_):
         raise AssertionError("computed again")
 
     with monkeypatch.context() as patch:
-        patch.setattr(module, "_second_moments", never)
+        patch.setattr("helpers.unlearning.covariances._second_moments", never)
         again = covariances(model, [1, 0], list(small.TEXTS), 30, tmp_path)
         assert all(torch.equal(again[layer].matrix, first[layer].matrix) for layer in (0, 1))
         # what comes after the key does not matter: an edit of `down 1` keeps the file for layer 1, not that of a later layer
@@ -104,6 +103,8 @@ def test_text_to_preserve_states_the_facts_to_retain_only():
     texts = texts_to_preserve(split)
     assert texts == texts_to_preserve(split) != texts_to_preserve(split, 1)
     stated = [t for t in texts if " w10 w11 " in t]
-    assert len(stated) == len(split.retain_train)
+    assert len(stated) == 2 * len(split.retain_train)  # with a solved example before it, and without
+    cloze = texts_to_preserve(split, formats=["cloze"])
+    assert len(texts) - len(cloze) == len(split.retain_train) < len(stated)
     assert all(any(f.subject in t and t.endswith(f.answer) for t in stated) for f in split.retain_train)
     assert not any(f"Fact: {f.subject} w10" in t for f in split.forget for t in stated)

@@ -12,10 +12,11 @@ from torch.nn import functional as F
 from helpers import prompts
 from helpers.masks import SelectionError, mask
 from helpers.unlearning import weight_masks
+from helpers.unlearning.deletions import by_saliency, candidates, delete, ladder, magnitude
 from helpers.unlearning.finetune import build_terms
 from helpers.unlearning.objectives import EditAnswer
 from helpers.unlearning.training import Settings, TrainingError
-from helpers.unlearning.weight_masks import Learning, by_saliency, candidates, delete, ladder, learn, magnitude
+from helpers.unlearning.weight_masks import Learning, learn
 
 FAMILIES = ("llama", "gemma", "gemma2", "qwen3", "neox")
 KINDS = list(itertools.product(weight_masks.PARAMETRISATIONS, weight_masks.REGULARISERS))

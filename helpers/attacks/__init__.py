@@ -22,7 +22,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 
 import pandas as pd
@@ -30,9 +30,10 @@ import pandas as pd
 from helpers.attacks.depth import depth_score, patch
 from helpers.attacks.headline import by_setting, summarise, worst_case
 from helpers.attacks.latent import probe
-from helpers.attacks.prompting import gate, prompt
+from helpers.attacks.prompting import gate, prompt, questions
 from helpers.attacks.relearning import dose_response, relearn, relearn_text
 from helpers.attacks.rows import AttackError, swapped, untouched
+from helpers.attacks.soft_prompts import SETTINGS as SOFT
 from helpers.attacks.soft_prompts import soft_prompt
 from helpers.attacks.weights import interpolate, noise, prune, quantise, undo
 from helpers.models import Model
@@ -41,15 +42,15 @@ from helpers.splits import Split
 from helpers.unlearning.edit import Edit
 
 __all__ = ["ATTACKS", "PROFILES", "Attack", "AttackError", "by_setting", "depth_score", "dose_response", "gate", "interpolate",
-           "noise", "patch", "probe", "prompt", "prune", "quantise", "relearn", "relearn_text", "run", "soft_prompt", "summarise",
-           "swapped", "undo", "untouched", "worst_case"]
+           "noise", "patch", "probe", "prompt", "prune", "quantise", "questions", "relearn", "relearn_text", "run", "soft_prompt",
+           "summarise", "swapped", "undo", "untouched", "worst_case"]
 
 PROFILES = ("quick", "standard", "full")
 
 
 @dataclass(frozen=True)
 class Attack:
-    """An entry of the registry: what to call, what an attacker needs for it, and its options in each profile (None: left out)."""
+    """What to call, what an attacker needs for it, and its options in each profile (None: left out)."""
 
     call: Callable[..., pd.DataFrame]
     needs: str  # answers, training, activations, weights, or the original weights
@@ -65,15 +66,19 @@ _POLITE = ("few-shot, forgotten facts", "paraphrase 1", "QA", "MCQ", "league")
 ATTACKS: dict[str, Attack] = {
     "none": Attack(untouched, "answers", {"n_retain": 40}, {}, _ALL),
     "prompt": Attack(prompt, "answers", {"asked": _POLITE, "n_retain": 40}, {}, _ALL),
-    "relearn lora": Attack(partial(relearn, how="lora"), "training", {"steps": (0, 10), "n_retain": 40, **_PLAIN},
-                           {"invented": True}, {"invented": True, **_DOSES}),
-    "relearn full": Attack(partial(relearn, how="full"), "training", None, {}, {"invented": True, **_DOSES}),
-    "relearn text": Attack(relearn_text, "training", None, _PLAIN, {"rates": _DOSES["rates"], "steps": _DOSES["steps"]}),
+    "relearn lora": Attack(partial(relearn, how="lora"), "training",
+                           {"rates": (2e-3,), "steps": (0, 10), "n_retain": 40, **_PLAIN},
+                           {"rates": (2e-4, 2e-3), "invented": True, "n_retain": 40}, {"invented": True, **_DOSES}),
+    "relearn full": Attack(partial(relearn, how="full"), "training", None, {"rates": (1e-3,), "n_retain": 40},
+                           {"invented": True, **_DOSES}),
+    "relearn text": Attack(relearn_text, "training", None, {"rates": (1e-3,), **_PLAIN},
+                           {"rates": _DOSES["rates"], "steps": _DOSES["steps"]}),
     "probe": Attack(probe, "activations", {"n_train": 200, "n_retain": 40}),
     "patch": Attack(patch, "the original weights"),
     "soft prompt": Attack(partial(soft_prompt, kind="prompt"), "training", None, {}, {"restarts": 4, "steps": (0, 20, 60, 120)}),
     "soft attention": Attack(partial(soft_prompt, kind="attention"), "training", None, None,
-                             {"size": 15, "restarts": 4, "steps": (0, 20, 60, 120)}),
+                             {"size": 15, "restarts": 4, "steps": (0, 20, 60, 120),
+                              "settings": replace(SOFT, learning_rate=0.03)}),
     "quantise": Attack(quantise, "weights", {"n_retain": 40, **_PLAIN}),
     "prune": Attack(prune, "weights", None, _PLAIN, {"shares": (0.05, 0.1, 0.2, 0.3, 0.4, 0.5)}),
     "noise": Attack(noise, "weights", None, _PLAIN, {"levels": (0.02, 0.05, 0.1, 0.2, 0.4), "draws": 3}),
@@ -87,7 +92,8 @@ def run(model: Model, edit: Edit | None, split: Split, profile: str = "standard"
     """All attacks of a profile (`quick`, `standard`, `full`), or those named in `only`, in one table.
 
     `texts` goes to relearning, `counts` (from `gate`) to prompting. An attack that cannot be made on these facts is left
-    out with a warning; `rows.attrs["left_out"]` says why. Raises `AttackError` for an unknown profile or attack.
+    out with a warning, a format that they cannot have without; `rows.attrs["left_out"]` says why. Raises `AttackError`
+    for an unknown profile or attack.
     """
     if profile not in PROFILES:
         raise AttackError(f"attacks: profile {profile!r}; there are {', '.join(PROFILES)}")
@@ -104,11 +110,17 @@ def run(model: Model, edit: Edit | None, split: Split, profile: str = "standard"
             options["shown"] = [n for n in options["shown"] if n is None or n < len(split.attack_train)]
         if name == "prompt":
             options["counts"] = counts
+        if "asked" in options:
+            options["asked"] = [question for question in questions(split) if question.label in options["asked"]]
         try:
-            tables.append(attack.call(model, edit, split, **options))
+            table = attack.call(model, edit, split, **options)
         except AttackError as error:
             left_out[name] = str(error)
             warnings.warn(f"attack {name} left out: {error}", stacklevel=2)
+            continue
+        left_out |= {f"{name}, {label}": reason for label, reason in table.attrs.get("refused", {}).items()}
+        table.attrs = {}
+        tables.append(table)
     if not tables:
         raise AttackError(f"attacks: none could be made: {'; '.join(left_out.values())}")
     rows = pd.concat(tables, ignore_index=True)

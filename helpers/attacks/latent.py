@@ -42,8 +42,8 @@ def probe(model: Model, edit: Edit | None, split: Split, *, format: str = "one_s
     facts that neither edit nor probe was trained on, the ceiling; those with the control `shuffled labels` come from
     probes trained on permuted labels, the floor. Further columns: `position`, `layer`.
 
-    Raises `AttackError` where no probe can be trained: too few retain facts, one class only, or no class for the true
-    answers. Of several relations those that cannot be served are left out, with a warning.
+    Raises `AttackError` where no probe can be trained: too few retain facts, one class only, or no class for any true
+    answer. Facts that cannot be probed while others can are left out, with a warning.
     """
     groups = {"forget": split.forget, "retain": kept(split, n_retain)}
     lessons = {relation: _lessons(split, relation, n_train) for relation in dict.fromkeys(f.relation.name for f in split.forget)}
@@ -84,15 +84,14 @@ def _teachable(lessons: dict[str, Facts], groups: dict[str, Facts]) -> tuple[dic
     """The relations that can be probed, and which facts of each group their probes can answer."""
     served, reasons = {}, []
     for relation, facts in lessons.items():
-        classes = facts.counts()
-        unknown = sorted({f.answer for f in groups["forget"] if f.relation.name == relation} - set(classes))
+        classes, asked = facts.counts(), [f.answer for f in groups["forget"] if f.relation.name == relation]
+        unknown = ", ".join(sorted({repr(answer) for answer in asked if answer not in classes}))
         if len(classes) < 2:
             reasons.append(f"relation {relation!r} has {len(facts)} retain facts to train on, with the answers {dict(classes)}, "
                            "and a probe needs two answers with two facts each")
         elif unknown:
-            named = ", ".join(map(repr, unknown))
-            reasons.append(f"relation {relation!r} has fewer than two retain facts with the answer {named}")
-        else:
+            reasons.append(f"relation {relation!r} has fewer than two retain facts with the answer {unknown}")
+        if len(classes) > 1 and any(answer in classes for answer in asked):
             served[relation] = facts
     if not served:
         raise AttackError(f"no probe can be trained: {'; '.join(reasons)}")

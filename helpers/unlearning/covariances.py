@@ -3,12 +3,12 @@
     found = covariances(model, [3, 4], texts, n_tokens=20_000, cache="runs/covariances")
     found[3].matrix                     # C = mean of k kᵀ over 20,000 tokens, k the input of `down 3`
     found[3].solve(keys)                # C⁻¹ k
-    found[3].null_space(0.02)           # directions that hold two per cent of the keys' energy
+    found[3].null_space(0.005)          # directions that together hold half a per cent of the keys' energy
 
 Nothing is centred, and the token at the beginning of a text counts like any other: where models keep an outsized
-activation there, it is a direction to leave alone. A file in the cache is named by all that decides about its content: the
-weights on the way to the key (not `down` itself, so one file serves every edit of `down 3`), the model's configuration,
-and the token ids.
+activation there, it is a direction to leave alone. A file in the cache is named by all that decides about its
+content: the weights on the way to the key (not `down` itself, so one file serves every edit of `down 3`), the model's
+configuration, and the token ids.
 """
 
 from __future__ import annotations
@@ -61,29 +61,32 @@ class Covariance:
         matrix.diagonal().add_(ridge * matrix.diagonal().mean())
         factor, failed = torch.linalg.cholesky_ex(matrix)
         if failed:
-            raise CovarianceError(f"layer {self.layer}: the second moment of {self.n_tokens:,} tokens in {len(matrix):,} dimensions "
-                                  f"has no inverse with ridge={ridge}; give more text, or a larger ridge")
+            raise CovarianceError(f"layer {self.layer}: the second moment of {self.n_tokens:,} tokens in "
+                                  f"{len(matrix):,} dimensions has no inverse with ridge={ridge}; give more text, "
+                                  "or a larger ridge")
         return torch.cholesky_solve(keys.double().T, factor).T
 
-    def null_space(self, share: float) -> torch.Tensor:
+    def null_space(self, share: float, device: torch.device | str = "cpu") -> torch.Tensor:
         """(d_mlp, r) orthonormal directions: as many as together hold at most `share` of the keys' mean square.
 
         Raises `CovarianceError` if there is none.
         """
-        values, vectors = torch.linalg.eigh(self.matrix.double())
+        values, vectors = torch.linalg.eigh(self.matrix.to(device, torch.float64))
         values = values.clamp(min=0)
         width = int((values.cumsum(0) <= max(share, ROUNDING) * values.sum()).sum())
         if not width:
-            raise CovarianceError(f"layer {self.layer}: no direction holds as little as {share} of the keys' energy over {self.n_tokens:,} tokens")
+            raise CovarianceError(f"layer {self.layer}: no direction holds as little as {share} of the keys' energy "
+                                  f"over {self.n_tokens:,} tokens")
         return vectors[:, :width]
 
 
-def covariances(model: Model, layers: Sequence[int], texts: Sequence[str], n_tokens: int | None = None, cache: Path | str | None = None,
-                *, length: int = 128, batch_size: int = 64) -> dict[int, Covariance]:
+def covariances(model: Model, layers: Sequence[int], texts: Sequence[str], n_tokens: int | None = None,
+                cache: Path | str | None = None, *, length: int = 128, batch_size: int = 64) -> dict[int, Covariance]:
     """Second moments at several layers, of the first `n_tokens` tokens of the texts; None takes all there are.
 
     Of each text the first `length` tokens are used, and every text is read on its own. `cache`: a folder; a file that
-    is there for just this content is read, and damaged ones are made again. Raises `CovarianceError` for too little text.
+    is there for just this content is read, and damaged ones are made again. Raises `CovarianceError` for too little
+    text.
     """
     sequences = _first_tokens(model, texts, n_tokens, length)
     keys = _keys(model, layers, sequences)
@@ -92,21 +95,24 @@ def covariances(model: Model, layers: Sequence[int], texts: Sequence[str], n_tok
     missing = [layer for layer in keys if layer not in found]
     if missing:
         found |= _second_moments(model, missing, sequences, batch_size)
+    n_tokens = int(sequences.mask.sum())
     for layer in missing:
         if files:
-            meta = {"format": FORMAT, "key": keys[layer], "layer": str(layer), "n_tokens": str(int(sequences.mask.sum()))}
+            meta = {"format": FORMAT, "key": keys[layer], "layer": str(layer), "n_tokens": str(n_tokens)}
             provenance.write_atomic(files[layer], partial(save_file, {"matrix": found[layer]}, metadata=meta))
-    return {layer: Covariance(found[layer], layer, int(sequences.mask.sum()), key) for layer, key in keys.items()}
+    return {layer: Covariance(found[layer], layer, n_tokens, key) for layer, key in keys.items()}
 
 
-def texts_to_preserve(split: Split, seed: int = 0) -> list[str]:
-    """Text for the tiny models: general text, and the facts to retain as statements with their true answers.
+def texts_to_preserve(split: Split, seed: int = 0, formats: Sequence[str] = ("cloze", "one_shot")) -> list[str]:
+    """Text for the tiny models: general text, and the facts to retain with their true answers in these formats.
 
-    A large model's covariance comes from an encyclopedia, full of names; general text alone would leave the keys of names
-    unprotected here. The facts are those that other methods see as retain set, `retain_train`.
+    A large model's covariance comes from an encyclopedia, full of names; general text alone would leave the keys of
+    names unprotected here. The facts are those that other methods see as retain set, `retain_train`.
     """
-    stated = [f"{prompt.text} {prompt.options[0]}" for prompt in prompts.cloze(split.retain_train)]
-    texts = [*general_texts(), *stated]
+    kept = split.retain_train
+    options = {"one_shot": {"pool": kept}}
+    asked = [prompt for name in formats for prompt in prompts.FORMATS[name](kept, **options.get(name, {}))]
+    texts = [*general_texts(), *(f"{prompt.text} {prompt.options[0]}" for prompt in asked)]
     random.Random(f"preserve-{seed}").shuffle(texts)
     return texts
 
@@ -126,8 +132,10 @@ def reading(model: Model, layers: Sequence[int]) -> Iterator[dict[int, torch.Ten
 
 
 @torch.no_grad()
-def _second_moments(model: Model, layers: Sequence[int], sequences: Sequences, batch_size: int) -> dict[int, torch.Tensor]:
-    sums = {layer: torch.zeros(model.d_mlp, model.d_mlp, dtype=torch.float64, device=model.part("down", layer).weight.device) for layer in layers}
+def _second_moments(model: Model, layers: Sequence[int], sequences: Sequences,
+                    batch_size: int) -> dict[int, torch.Tensor]:
+    device = {layer: model.part("down", layer).weight.device for layer in layers}
+    sums = {layer: torch.zeros(model.d_mlp, model.d_mlp, dtype=torch.float64, device=device[layer]) for layer in layers}
 
     def add(rows: torch.Tensor) -> None:
         tokens, mask = sequences.batch(rows, model.device)
@@ -144,7 +152,8 @@ def _second_moments(model: Model, layers: Sequence[int], sequences: Sequences, b
     over_rows(add, len(sequences), batch_size, sequences.lengths.argsort(stable=True))
     for layer, total in sums.items():
         if not total.isfinite().all():
-            raise CovarianceError(f"layer {layer}: what `down` reads is not a finite number for every token of the texts; nothing was changed")
+            raise CovarianceError(f"layer {layer}: what `down` reads is not a finite number for every token of the "
+                                  "texts; nothing was changed")
     return {layer: (total / int(sequences.mask.sum())).float().cpu() for layer, total in sums.items()}
 
 
@@ -156,7 +165,8 @@ def _first_tokens(model: Model, texts: Sequence[str], n_tokens: int | None, leng
     if n_tokens is None:
         return sequences
     if not 0 < n_tokens <= there:
-        raise CovarianceError(f"n_tokens={n_tokens:,}: the {len(texts):,} texts have {there:,} (of each its first {length} tokens)")
+        raise CovarianceError(f"n_tokens={n_tokens:,}: the {len(texts):,} texts have {there:,} "
+                              f"(of each its first {length} tokens)")
     mask = sequences.mask * (sequences.mask.flatten().cumsum(0) <= n_tokens).view(sequences.mask.shape)
     rows = mask.any(1)
     return Sequences(sequences.tokens[rows], mask[rows])
@@ -166,11 +176,12 @@ def _keys(model: Model, layers: Sequence[int], sequences: Sequences) -> dict[int
     """Layer → name of the content: weights that the input of `down` depends on, configuration, tokens."""
     config = {name: value for name, value in model.hf.config.to_dict().items() if name not in NO_CONTENT}
     tokens = digest(sequences.tokens * sequences.mask) + digest(sequences.mask)
-    weights = {name: (layer_of(model, name), digest(p.detach())) for name, p in model.hf.named_parameters() if layer_of(model, name) <= max(layers)}
+    layer_named = {name: layer_of(model, name) for name, _ in model.hf.named_parameters()}
+    weights = {name: digest(p.detach()) for name, p in model.hf.named_parameters() if layer_named[name] <= max(layers)}
     keys = {}
     for layer in sorted(set(layers)):
-        after = [f"{model.path(role, layer)}." for role in ("down", "mlp_post_norm") if role in model.roles]
-        used = sorted((name, digest) for name, (at, digest) in weights.items() if at <= layer and not name.startswith(tuple(after)))
+        after = tuple(f"{model.path(role, layer)}." for role in ("down", "mlp_post_norm") if role in model.roles)
+        used = [item for item in weights.items() if layer_named[item[0]] <= layer and not item[0].startswith(after)]
         content = json.dumps([FORMAT, layer, config, tokens, used], sort_keys=True, default=str)
         keys[layer] = provenance.text_hash(content)
     return keys

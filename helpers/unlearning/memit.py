@@ -7,14 +7,17 @@ A target is found for each fact: the residual z after the highest layer, with δ
 
     R = (z − residual now) / (layers left),   ΔW = R Kᵀ (λ C + K Kᵀ)⁻¹
 
-the least-squares solution for all facts (keys K, one column a fact) that also keeps the outputs for λ tokens of text, and the
-residual is computed again. With one fact and one layer this is ROME's update times kᵀC⁻¹k / (λ + kᵀC⁻¹k): ROME itself as λ → 0.
+the least-squares solution for all facts (keys K, one column a fact) that also keeps the outputs for λ tokens of text,
+and the residual is computed again. With one fact and one layer this is ROME's update times kᵀC⁻¹k / (λ + kᵀC⁻¹k):
+ROME itself as λ → 0.
 
-As in ROME, keys and residuals are averaged over contexts everywhere; the published code takes the residual of the bare prompt. λ is given
-relative to d_mlp, the mean of kᵀC⁻¹k over text: published are 15,000 for 16,384 neurons (GPT-J) and 20,000 for 6,400 (GPT-2 XL).
+As in ROME, keys and residuals are averaged over contexts everywhere; the published code takes the residual of the
+bare prompt. λ is given relative to d_mlp, the mean of kᵀC⁻¹k over text: published are 15,000 for 16,384 neurons
+(GPT-J) and 20,000 for 6,400 (GPT-2 XL).
 
-Under a post-norm (Gemma2) `down` does not write to the residual: what it should give there is divided by the norm's gain and brought to the
-only length that a norm gives, at least squared error, and R is the change of the output of `down` that achieves this.
+Under a post-norm (Gemma2) `down` does not write to the residual: what it should give there is divided by the norm's
+gain and brought to the only length that a norm gives, at least squared error, and R is the change of the output of
+`down` that achieves this.
 """
 
 from __future__ import annotations
@@ -33,21 +36,22 @@ from helpers.models import Model
 from helpers.splits import Split
 from helpers.unlearning.covariances import covariances, texts_to_preserve
 from helpers.unlearning.edit import Edit, EditError
-from helpers.unlearning.rome import down_layers
-from helpers.unlearning.values import Requests, Values, adding, ask, mean_keys, optimise, restored, sizes
+from helpers.unlearning.rome import down_layers, restored
+from helpers.unlearning.values import Requests, Values, ask, mean_keys, optimise, sizes
 
 # layer, keys (n, d_mlp), wanted change of the outputs (n, d_model) → change of the matrix (d_model, d_mlp), all float64
 Solve = Callable[[int, torch.Tensor, torch.Tensor], torch.Tensor]
 
 
-def memit(model: Model, split: Split, layers: Sequence[int] | Mask, values: Values = Values(), texts: Sequence[str] | None = None, seed: int = 0, *,
-          forget: Facts | None = None, preserve: float = 1.0, n_tokens: int | None = None, ridge: float = 1e-3,
-          cache: Path | str | None = None) -> Edit:
+def memit(model: Model, split: Split, layers: Sequence[int] | Mask, values: Values = Values(),
+          texts: Sequence[str] | None = None, seed: int = 0, *, forget: Facts | None = None, preserve: float = 1.0,
+          n_tokens: int | None = None, ridge: float = 1e-3, cache: Path | str | None = None) -> Edit:
     """Write all edit answers at once into `down` of these layers; the model itself is the same before and after.
 
-    `layers`: numbers, or a mask whose `down` matrices are taken. `preserve` is λ / d_mlp: more leaves text more as it was, and facts
-    less completely written. The other arguments are those of `rome`. `edit.history` has one row a layer: `missing` (mean length
-    of what is still missing in the residual before the layer changes), `change` and `weight` (norms of ΔW and of W after it).
+    `layers`: numbers, or a mask whose `down` matrices are taken. `preserve` is λ / d_mlp: more leaves text more as it
+    was, and facts less completely written. The other arguments are those of `rome`. `edit.history` has one row a
+    layer: `missing` (mean length of what is still missing in the residual before the layer changes), `change` and
+    `weight` (norms of ΔW and of W after it).
     """
     layers, texts = down_layers(model, layers), texts_to_preserve(split, seed) if texts is None else list(texts)
     if preserve < 0:
@@ -62,31 +66,35 @@ def memit(model: Model, split: Split, layers: Sequence[int] | Mask, values: Valu
         return change.T @ torch.linalg.solve(gram, inverted)
 
     requests = ask(model, split, split.forget if forget is None else forget, texts, values, seed)
-    record = {"preserve": preserve, "ridge": ridge, "covariance": {"n_tokens": found[layers[0]].n_tokens, "keys": [c.key for c in found.values()]}}
-    return spread(model, split, requests, layers, values, solve, {"method": "memit", **record, "seed": seed})
+    record = {"method": "memit", "preserve": preserve, "ridge": ridge, "seed": seed,
+              "covariance": {"n_tokens": found[layers[0]].n_tokens, "keys": [c.key for c in found.values()]}}
+    return spread(model, split, requests, layers, values, solve, record)
 
 
-def spread(model: Model, split: Split, requests: Requests, layers: Sequence[int], values: Values, solve: Solve, record: dict) -> Edit:
+def spread(model: Model, split: Split, requests: Requests, layers: Sequence[int], values: Values, solve: Solve,
+           record: dict) -> Edit:
     """Targets at the highest layer, reached in equal steps by `solve` at each layer, lowest first."""
     top, rows, new = layers[-1], [], {}
-    delta, found = optimise(model, requests, top, sizes(model, requests, top), values)
-    _, goal = mean_keys(model, requests, top, delta=delta)
     with restored(model, layers):
+        delta, found = optimise(model, requests, top, sizes(model, requests, top), values)
+        _, goal = mean_keys(model, requests, top, delta=delta)
         for left, layer in zip(range(len(layers), 0, -1), layers):
             keys, now = mean_keys(model, requests, layer, top)
             parameter = model.matrix("down", layer)[0]
             weight, share = parameter.detach().double(), (goal - now) / left
-            norm = model.mlp_post_norm(layer)
+            norm, bias = model.mlp_post_norm(layer), model.bias("down", layer)
             if norm is not None:
-                output = keys @ weight.T if model.bias("down", layer) is None else keys @ weight.T + model.bias("down", layer)[0].double()
+                output = keys @ weight.T + (0 if bias is None else bias[0].double())
                 share = through(norm, output, share)
             change = solve(layer, keys, share)
             new[f"{model.path('down', layer)}.weight"] = weight = weight + change
             parameter.data.copy_(weight)
-            rows.append({"layer": layer, "missing": (goal - now).norm(dim=1).mean().item(), "change": change.norm().item(), "weight": weight.norm().item()})
+            rows.append({"layer": layer, "missing": (goal - now).norm(dim=1).mean().item(),
+                         "change": change.norm().item(), "weight": weight.norm().item()})
         left_over = (goal - mean_keys(model, requests, layers[0], top)[1]).norm(dim=1).mean().item()
-    record = {**record, "layers": list(layers), "values": asdict(values), "split": split.record, "n_trained_on": len(requests),
-              "loss_before": found["loss_before"].mean(), "loss_after": found["loss_after"].mean(), "missing_after": left_over}
+    losses = {name: float(found[name].mean()) for name in ("loss_before", "loss_after")}
+    record = {**record, "layers": list(layers), "values": asdict(values), "split": split.record,
+              "n_trained_on": len(requests), **losses, "missing_after": left_over}
     chosen = mask(model, [f"down {layer}" for layer in layers], f"down {', '.join(map(str, layers))}")
     return Edit.of(model, chosen, new, record, pd.DataFrame(rows))
 
@@ -95,15 +103,17 @@ def spread(model: Model, split: Split, requests: Requests, layers: Sequence[int]
 def through(norm: nn.Module, output: torch.Tensor, change: torch.Tensor) -> torch.Tensor:
     """Change of `output` (n, d) that changes norm(output) by `change`, as nearly as a root-mean-square norm can.
 
-    A norm with gain g gives g·s, with s on the sphere of radius √d. Least squares, ‖g·s − target‖² on that sphere, has the solution
-    s = g·target / (g² + μ), with the one μ > −min g² that gives s its length. The length of the output, which the norm ignores, is kept.
+    A norm with gain g gives g·s, with s on the sphere of radius √d. Least squares, ‖g·s − target‖² on that sphere,
+    has the solution s = g·target / (g² + μ), with the one μ > −min g² that gives s its length. The length of the
+    output, which the norm ignores, is kept.
     """
     n, d = output.shape
     ones = torch.ones(1, d, dtype=output.dtype, device=output.device)
     plain = lambda x: norm(x.float()).double()  # norms compute in float32 whatever they get
     gain, target = plain(ones)[0], plain(output) + change
     if not torch.allclose(plain(2.0 * output), plain(output), rtol=1e-3, atol=1e-4):
-        raise EditError(f"{type(norm).__name__} between `down` and the residual does not ignore the length of its input: no closed form")
+        raise EditError(f"{type(norm).__name__} between `down` and the residual does not ignore the length of its "
+                        "input: no closed form")
     on_sphere = lambda mu: gain * target / (gain**2 + mu)
     low = -(gain**2).min() + torch.full((n, 1), 1e-9, dtype=output.dtype, device=output.device)
     high = low + (gain * target).norm(dim=1, keepdim=True) / d**0.5 + 1.0

@@ -16,7 +16,8 @@ in two of them, so that W k is not v, and its norms explode over many edits (Gup
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 
@@ -30,11 +31,13 @@ from helpers.runs import progress
 from helpers.splits import Split
 from helpers.unlearning.covariances import covariances, texts_to_preserve
 from helpers.unlearning.edit import Edit
-from helpers.unlearning.values import Values, ask, mean_keys, optimise, restored, sizes
+from helpers.unlearning.values import Values, ask, mean_keys, optimise, sizes
+from helpers.unlearning.weights import at_rest
 
 
-def rome(model: Model, split: Split, layer: int | Mask, values: Values = Values(), texts: Sequence[str] | None = None, seed: int = 0, *,
-         forget: Facts | None = None, n_tokens: int | None = None, ridge: float = 1e-3, cache: Path | str | None = None) -> Edit:
+def rome(model: Model, split: Split, layer: int | Mask, values: Values = Values(), texts: Sequence[str] | None = None,
+         seed: int = 0, *, forget: Facts | None = None, n_tokens: int | None = None, ridge: float = 1e-3,
+         cache: Path | str | None = None) -> Edit:
     """Write each fact's edit answer into `down` at a layer; the model itself is the same before and after.
 
     Args:
@@ -45,7 +48,8 @@ def rome(model: Model, split: Split, layer: int | Mask, values: Values = Values(
         ridge: added to C, relative to its mean eigenvalue. With little text C has no inverse without it.
         cache: folder for C.
 
-    `edit.history` has one row a fact: see `optimise`, and `change` and `weight`, the norms of its update and of W after it.
+    `edit.history` has one row a fact: see `optimise`, and `change` and `weight`, the norms of its update and of W
+    after it.
     """
     layers = down_layers(model, layer)
     layer = layers[len(layers) // 2]
@@ -54,10 +58,10 @@ def rome(model: Model, split: Split, layer: int | Mask, values: Values = Values(
     requests = ask(model, split, split.forget if forget is None else forget, texts, values, seed)
     covariance = covariances(model, [layer], texts, n_tokens, cache)[layer]
     parameter, rows = model.matrix("down", layer)[0], []
-    keys, _ = mean_keys(model, requests, layer)  # no edit of `down` changes what it reads
     weight = parameter.detach().double()
-    directions, size = covariance.solve(keys, ridge), sizes(model, requests, layer)
     with restored(model, [layer]):
+        keys, _ = mean_keys(model, requests, layer)  # no edit of `down` changes what it reads
+        directions, size = covariance.solve(keys, ridge), sizes(model, requests, layer)
         for number in progress(range(len(requests)), "rome"):
             one = torch.tensor([number])
             delta, table = optimise(model, requests[one], layer, size[one], values)
@@ -66,9 +70,11 @@ def rome(model: Model, split: Split, layer: int | Mask, values: Values = Values(
             weight = weight + update
             parameter.data.copy_(weight)
             rows.append(table.assign(change=update.norm().item(), weight=weight.norm().item()))
-    record = {"method": "rome", "layer": layer, "values": asdict(values), "seed": seed, "split": split.record, "n_trained_on": len(requests),
-              "ridge": ridge, "covariance": {"n_tokens": covariance.n_tokens, "key": covariance.key}}
-    return Edit.of(model, chosen, {f"{model.path('down', layer)}.weight": weight}, record, pd.concat(rows, ignore_index=True))
+    record = {"method": "rome", "layer": layer, "values": asdict(values), "seed": seed, "split": split.record,
+              "n_trained_on": len(requests), "ridge": ridge,
+              "covariance": {"n_tokens": covariance.n_tokens, "key": covariance.key}}
+    new = {f"{model.path('down', layer)}.weight": weight}
+    return Edit.of(model, chosen, new, record, pd.concat(rows, ignore_index=True))
 
 
 def down_layers(model: Model, where: int | Sequence[int] | Mask) -> list[int]:
@@ -77,6 +83,20 @@ def down_layers(model: Model, where: int | Sequence[int] | Mask) -> list[int]:
         where.check(model)
         layers = [l for l in where.layers if where.entries.get(f"{model.path('down', l)}.weight", False) is None]
         if not layers:
-            raise SelectionError(f"mask {where.name!r} selects no whole `down` matrix, the only one that closed-form editing writes to")
+            raise SelectionError(f"mask {where.name!r} selects no whole `down` matrix, the only one that closed-form "
+                                 "editing writes to")
         return layers
     return sorted({where} if isinstance(where, int) else set(where))
+
+
+@contextmanager
+def restored(model: Model, layers: Sequence[int]) -> Iterator[None]:
+    """The matrices `down` of these layers may change within the block; afterwards they are as before, bit for bit."""
+    weights = [model.matrix("down", layer)[0] for layer in layers]
+    old = [weight.detach().clone() for weight in weights]
+    try:
+        with at_rest(model):
+            yield
+    finally:
+        for weight, value in zip(weights, old):
+            weight.data.copy_(value)

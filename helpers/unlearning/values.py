@@ -1,4 +1,4 @@
-"""New values for facts, as ROME, MEMIT and AlphaEdit write them: what to add to the output of `down` at the subject's last token.
+"""New values for facts, as ROME, MEMIT and AlphaEdit write them: what to add to the output of `down` at the subject.
 
     requests = ask(model, split, split.forget, texts, Values())
     delta, table = optimise(model, requests, layer=3, size=..., values=Values())
@@ -7,10 +7,10 @@ For each fact, δ is found by gradient descent; added at the subject's last toke
 
     −log p(edit answer | prompt)  +  essence · KL(p(· | "{subject} is a") ‖ the same before)  +  decay · ‖δ‖ / size
 
-as published, but for this: step, decay and clamp are relative to the residual δ is added to (MEMIT's clamp is; ROME's, relative to the
-MLP's output, is too tight where many layers share a fact, and the published steps are numbers that fit one model); the essence
-term is read at the end of its prompt, as the paper says, where the code reads it at the subject; contexts (what stands before the
-prompt) are the openings of given texts, where the code generates them.
+as published, but for this: step, decay and clamp are relative to the residual δ is added to (MEMIT's clamp is;
+ROME's, relative to the MLP's output, is too tight where many layers share a fact, and the published steps are numbers
+that fit one model); the essence term is read at the end of its prompt, as the paper says, where the code reads it at
+the subject; contexts (what stands before the prompt) are the openings of given texts, where the code generates them.
 
 δ sits on the output of `down`. Under a post-norm (Gemma2) it passes that norm on its way to the residual, in the
 optimisation as in the edited model. Biases stay as they are. Parallel blocks (GPT-NeoX) need nothing special: their MLP
@@ -40,7 +40,6 @@ from helpers.unlearning.edit import EditError
 from helpers.unlearning.finetune import check_facts
 from helpers.unlearning.forward import hidden_states, logits_of
 from helpers.unlearning.terms import Sequences
-from helpers.unlearning.weights import at_rest
 
 FORMATS = ("cloze", "one_shot", "few_shot", "qa", "paraphrase")  # formats whose answer is the fact's
 NOTHING = -100  # no answer is predicted at this position
@@ -50,8 +49,8 @@ NOTHING = -100  # no answer is predicted at this position
 class Values:
     """How a new value is found: Adam on δ, `rate` and `clamp` (its greatest length) in units of `sizes`.
 
-    `enough`: a fact whose loss is below this is left. `format`: the prompts that are edited; `contexts`: how many openings of
-    texts come before it, beside none at all.
+    `enough`: a fact whose loss is below this is left. `format`: the prompts that are edited; `contexts`: how many
+    openings of texts come before it, beside none at all.
     """
 
     steps: int = 20
@@ -68,8 +67,9 @@ class Values:
 class Requests:
     """What is to be written: for each fact the prompts in all contexts, followed by its answer, and one essence prompt.
 
-    All are (n, c + 1, …), the essence prompt last: `tokens` and `mask` (…, length), `labels` (…, length) the answer's tokens where they
-    are predicted, `subject` and `last` (…) the positions of the subject's and the prompt's last token.
+    All are (n, c + 1, …), the essence prompt last: `tokens` and `mask` (…, length), `labels` (…, length) the answer's
+    tokens where they are predicted, `subject` and `last` (…) the positions of the subject's and the prompt's last
+    token.
     """
 
     facts: Facts
@@ -130,7 +130,8 @@ def _openings(texts: Sequence[str], count: int, seed: int) -> list[str]:
 def mean_keys(model: Model, requests: Requests, layer: int, top: int | None = None, delta: torch.Tensor | None = None,
               batch_size: int = 16) -> tuple[torch.Tensor, torch.Tensor]:
     """What `down` reads at `layer` (n, d_mlp), and the residual after block `top` (n, d_model), at the subject's last
-    token, each averaged over a fact's contexts, in float64. `delta` (n, d_model) is added to the output of `down` at `top`."""
+    token, each averaged over a fact's contexts, in float64. `delta` (n, d_model) is added to the output of `down` at
+    `top`."""
     top = layer if top is None else top
 
     def work(rows: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -146,25 +147,30 @@ def mean_keys(model: Model, requests: Requests, layer: int, top: int | None = No
 
 @torch.no_grad()
 def sizes(model: Model, requests: Requests, layer: int) -> torch.Tensor:
-    """(n,) what the length of a fact's δ is measured in: the length of the residual after the block, at the subject. Under a
-    post-norm four times that of the output of `down` (ROME's clamp), since of that the norm leaves no more than the direction."""
+    """(n,) what the length of a fact's δ is measured in: the length of the residual after the block, at the subject.
+    Under a post-norm four times that of the output of `down` (ROME's clamp), since of that the norm leaves no more
+    than the direction."""
     keys, residual = mean_keys(model, requests, layer)
     if model.mlp_post_norm(layer) is None:
         return residual.norm(dim=1)
     return 4 * (keys @ model.matrix("down", layer)[0].double().T).norm(dim=1)
 
 
-def optimise(model: Model, requests: Requests, layer: int, size: torch.Tensor, values: Values, batch_size: int = 16) -> tuple[torch.Tensor, pd.DataFrame]:
+def optimise(model: Model, requests: Requests, layer: int, size: torch.Tensor, values: Values,
+             batch_size: int = 16) -> tuple[torch.Tensor, pd.DataFrame]:
     """δ (n, d_model) for the output of `down` at a layer, and how it went; facts do not influence each other.
 
-    `size` (n,) is what the length of δ is measured in. One row a fact: `steps`, `loss_before` and `loss_after` (nats of the answer,
-    without the other terms), `essence` (KL, nats), `length` of δ relative to `size`. Raises `EditError` for a loss that is no finite number.
+    `size` (n,) is what the length of δ is measured in. One row a fact: `steps`, `loss_before` and `loss_after` (nats
+    of the answer, without the other terms), `essence` (KL, nats), `length` of δ relative to `size`. Raises
+    `EditError` for a loss that is no finite number.
     """
-    parts = over_rows(lambda rows: _optimise(model, requests[rows], layer, size[rows], values), len(requests), batch_size)
+    work = lambda rows: _optimise(model, requests[rows], layer, size[rows], values)
+    parts = over_rows(work, len(requests), batch_size)
     return torch.cat([delta for delta, _ in parts]), pd.concat([table for _, table in parts], ignore_index=True)
 
 
-def _optimise(model: Model, requests: Requests, layer: int, size: torch.Tensor, values: Values) -> tuple[torch.Tensor, pd.DataFrame]:
+def _optimise(model: Model, requests: Requests, layer: int, size: torch.Tensor,
+              values: Values) -> tuple[torch.Tensor, pd.DataFrame]:
     tokens, mask_ = requests.batch(model.device)
     with torch.no_grad():
         before = hidden_states(model, tokens, mask_, stop=layer)
@@ -185,7 +191,8 @@ def _optimise(model: Model, requests: Requests, layer: int, size: torch.Tensor, 
             loss = answer + values.essence * essence + values.decay * length
         if not loss[going].isfinite().all():
             fact = requests.facts[int((going & ~loss.isfinite()).nonzero()[0])]
-            raise EditError(f"{fact.subject!r}: the loss of its new value is not a finite number at step {step}; nothing was changed")
+            raise EditError(f"{fact.subject!r}: the loss of its new value is not a finite number at step {step}; "
+                            "nothing was changed")
         first = answer.detach().clone() if first is None else first
         going &= loss > values.enough
         if step == values.steps or not going.any():
@@ -203,23 +210,26 @@ def _optimise(model: Model, requests: Requests, layer: int, size: torch.Tensor, 
 
 
 def _losses(model: Model, requests: Requests, hidden: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Nats of each fact's answer, a mean over tokens and contexts (n,); log-probabilities after its essence prompt (n, vocab)."""
+    """Nats of each fact's answer, a mean over tokens and contexts (n,); log-probabilities after its essence prompt
+    (n, vocab)."""
     labels = requests.labels[..., :hidden.shape[1]].to(hidden.device)
     wanted = labels != NOTHING
     each = F.cross_entropy(logits_of(model, hidden[wanted.flatten(0, 1)]), labels[wanted], reduction="none")
-    answer = torch.zeros(labels.shape, dtype=each.dtype, device=each.device).masked_scatter(wanted, each).sum((1, 2)) / wanted.sum((1, 2))
+    summed = torch.zeros(labels.shape, dtype=each.dtype, device=each.device).masked_scatter(wanted, each).sum((1, 2))
     essence = _at(hidden, requests.last)[:, -1]
-    return answer, logits_of(model, essence).log_softmax(-1)
+    return summed / wanted.sum((1, 2)), logits_of(model, essence).log_softmax(-1)
 
 
 def _at(activation: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
     """(n, c + 1, features) at one position a row, out of (n · (c + 1), length, features)."""
-    return activation[torch.arange(len(activation)), positions.flatten().to(activation.device)].unflatten(0, positions.shape)
+    rows = torch.arange(len(activation), device=activation.device)
+    return activation[rows, positions.flatten().to(activation.device)].unflatten(0, positions.shape)
 
 
 @contextmanager
 def adding(model: Model, layer: int, requests: Requests, delta: torch.Tensor | None) -> Iterator[None]:
-    """Within the block, `down` at a layer gives δ (n, d_model) more at each subject's last token, in all rows of a fact."""
+    """Within the block, `down` at a layer gives δ (n, d_model) more at each subject's last token, in all rows of a
+    fact."""
     def add(_, __, output: torch.Tensor) -> torch.Tensor:
         place = torch.arange(len(output), device=output.device), requests.subject.flatten().to(output.device)
         more = delta.repeat_interleave(requests.subject.shape[1], 0)
@@ -231,16 +241,3 @@ def adding(model: Model, layer: int, requests: Requests, delta: torch.Tensor | N
     finally:
         if hook is not None:
             hook.remove()
-
-
-@contextmanager
-def restored(model: Model, layers: Sequence[int]) -> Iterator[None]:
-    """The matrices `down` of these layers may change within the block; afterwards they are as before, bit for bit."""
-    weights = [model.matrix("down", layer)[0] for layer in layers]
-    old = [weight.detach().clone() for weight in weights]
-    try:
-        with at_rest(model):
-            yield
-    finally:
-        for weight, value in zip(weights, old):
-            weight.data.copy_(value)

@@ -1,13 +1,13 @@
-"""Masks of single weights (spec section 4.2): learn which to delete, delete n of them, and the rivals at equal n.
+"""Weight masks (spec section 4.2): learn which single weights to delete.
 
-    where = candidates(model, mask(model, ["mlp 1", "mlp 2", "mlp 3"]))     # without the gates, as published
+    where = candidates(model, mask(model, ["mlp 1", "mlp 2", "mlp 3"]))     # see helpers.unlearning.deletions
     learned = learn(model, split, where)                                    # a value m in [0, 1] for each weight
     for chosen in ladder(model, learned.importance, [1000, 3000, 10_000], "learned"):
         with delete(model, chosen).applied(model): ...
-    ladder(model, magnitude(model, where), ns, "magnitude"); ladder(model, by_saliency(model, split, where), ns, "saliency")
 
-Two parametrisations were published. `clamped`: the weight w itself is trained and held between 0 and its first value w0,
-m = w / w0. `explicit`: m is trained and held in [0, 1], starting at 1; the weight is m · w0. Both by SGD with momentum.
+Two parametrisations were published. `clamped`: the weight w itself is trained and held between 0 and its first value
+w0, m = w / w0. `explicit`: m is trained and held in [0, 1], starting at 1; the weight is m · w0. Both by SGD with
+momentum.
 
 The regulariser can be had in two readings, because what was published does not do what it is said to do:
 
@@ -16,33 +16,32 @@ The regulariser can be had in two readings, because what was published does not 
     explicit      min(β·(step − 15), β) · mean|m − 1|          the same, never negative
     decay         of w or m, towards 0                         of w − w0 or m − 1, towards w0 or 1
 
-Published, `clamped` pushes every weight to 0 (since |w| ≤ |w0|, its gradient is just the opposite of the other's), and
-`explicit` first rewards distance from 1, fifteen times as strongly as it punishes it later. So unimportant weights are
-deleted as well, and the n smallest masks hold weights that neither the facts nor anything else needs; towards w0, a weight
-is deleted only where the facts gain from it.
+Published, `clamped` pushes every weight to 0 (since |w| ≤ |w0|, its gradient is just the opposite of the other's),
+and `explicit` first rewards distance from 1, fifteen times as strongly as it punishes it later. So unimportant
+weights are deleted as well, and the n smallest masks hold weights that neither the facts nor anything else needs;
+towards w0, a weight is deleted only where the facts gain from it.
 """
 
 from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
 
 import pandas as pd
 import torch
 
 from helpers.facts import Facts
-from helpers.localization.saliency import saliency
-from helpers.masks import Mask, SelectionError, from_weights
+from helpers.masks import Mask
 from helpers.models import Model
 from helpers.provenance import text_hash
 from helpers.runs import progress
 from helpers.splits import Split
-from helpers.unlearning.edit import Edit
-from helpers.unlearning.finetune import build_terms, check_facts, questions
+from helpers.unlearning.finetune import build_terms, check_facts
 from helpers.unlearning.forward import hidden_states
-from helpers.unlearning.objectives import Objective, objective as objective_of
+from helpers.unlearning.objectives import Objective
+from helpers.unlearning.objectives import objective as objective_of
 from helpers.unlearning.terms import Term
 from helpers.unlearning.texts import general_texts
 from helpers.unlearning.training import Settings, TrainingError
@@ -53,8 +52,8 @@ PARAMETRISATIONS, REGULARISERS = ("clamped", "explicit"), ("published", "towards
 
 @dataclass(frozen=True)
 class Learning:
-    """How masks are learned. `strength` is β; `training` has the learning rate (cosine to 0), steps, batch and weights of
-    the terms; published are 50 steps, clip 1, a forget weight of 0.5 (edit) or 0.2 (unlearn)."""
+    """How masks are learned. `strength` is β; `training` has the learning rate (cosine to 0), steps, batch and
+    weights of the terms; published are 50 steps, clip 1, a forget weight of 0.5 (edit) or 0.2 (unlearn)."""
 
     parametrisation: str = "explicit"
     regulariser: str = "towards"
@@ -67,7 +66,8 @@ class Learning:
     def __post_init__(self):
         for name, allowed in (("parametrisation", PARAMETRISATIONS), ("regulariser", REGULARISERS)):
             if getattr(self, name) not in allowed:
-                raise TrainingError(f"weight masks: {name} {getattr(self, name)!r}; allowed are {' and '.join(allowed)}")
+                given = getattr(self, name)
+                raise TrainingError(f"weight masks: {name} {given!r}; allowed are {' and '.join(allowed)}")
 
     def coefficient(self, step: int) -> float:
         """β at a step, counted from 0."""
@@ -91,21 +91,14 @@ class Learned:
         return {name: torch.where(m < 1, 1 - m, -math.inf) for name, m in self.values.items()}
 
 
-def candidates(model: Model, chosen: Mask, gate: bool = False) -> Mask:
-    """The weights of a mask that may be deleted: those of the gates only if asked for (published: without)."""
-    chosen.check(model)
-    gates = {f"{model.path('gate', layer)}.weight" for layer in chosen.layers} if "gate" in model.roles and not gate else set()
-    full = {name: torch.ones(chosen.shapes[name], dtype=torch.bool) if part is None else part for name, part in chosen.entries.items()}
-    return from_weights(model, {name: part for name, part in full.items() if name not in gates}, chosen.name)
-
-
 def learn(model: Model, split: Split, where: Mask, objective: str | Objective = "edit", learning: Learning = Learning(),
           texts: Sequence[str] | None = None, seed: int = 0, *, forget: Facts | None = None) -> Learned:
     """Train the masks of the candidates `where`; the model itself is the same before and after.
 
-    The loss is that of fine-tuning (λ · forget + retain + text) plus the regulariser. One row of the history a step: losses,
-    `regulariser`, `grad_norm` (before clipping), `mean` of m and the share `deleted` of m below ½ after the step. A loss that is
-    no finite number ends training with the masks as they are, and says so; at the first step it raises `TrainingError`.
+    The loss is that of fine-tuning (λ · forget + retain + text) plus the regulariser. One row of the history a step:
+    losses, `regulariser`, `grad_norm` (before clipping), `mean` of m and the share `deleted` of m below ½ after the
+    step. A loss that is no finite number ends training with the masks as they are, and says so; at the first step it
+    raises `TrainingError`.
     """
     objective, forget = objective_of(objective), split.forget if forget is None else forget
     check_facts(forget, split)
@@ -135,7 +128,7 @@ def learn(model: Model, split: Split, where: Mask, objective: str | Objective = 
             optimizer.step()
             with torch.no_grad():
                 for f, w, w0 in zip(free, trained.tensors, first):
-                    f.copy_(f.clamp(0, 1) if explicit else torch.minimum(torch.maximum(f, w0.clamp(max=0)), w0.clamp(min=0)))
+                    f.copy_(f.clamp(0, 1) if explicit else f.maximum(w0.clamp(max=0)).minimum(w0.clamp(min=0)))
                     w.copy_(f * w0 if explicit else f)
             trained.write()
             masks = torch.cat([_mask_of(f, w0, explicit).flatten() for f, w0 in zip(free, first)])
@@ -145,67 +138,13 @@ def learn(model: Model, split: Split, where: Mask, objective: str | Objective = 
         for name, f, w0 in zip(where.entries, free, first):
             part = where.entries[name]
             m = _mask_of(f, w0, explicit).cpu()
-            values[name] = m.view(where.shapes[name]) if part is None else torch.ones(where.shapes[name]).masked_scatter_(part, m)
-    record = {"method": f"weight mask {learning.parametrisation} {learning.regulariser}", "objective": {"name": objective.name, **asdict(objective)},
-              "learning": asdict(learning), "seed": seed, "split": split.record, "n_trained_on": len(forget), "candidates": where.digest,
+            full = torch.ones(where.shapes[name])
+            values[name] = m.view(full.shape) if part is None else full.masked_scatter_(part, m)
+    record = {"method": f"weight mask {learning.parametrisation} {learning.regulariser}",
+              "objective": {"name": objective.name, **asdict(objective)}, "learning": asdict(learning), "seed": seed,
+              "split": split.record, "n_trained_on": len(forget), "candidates": where.digest,
               "texts": {"n": len(texts), "hash": text_hash("\0".join(texts))[:16]}, "stopped": stopped}
     return Learned(values, pd.DataFrame(rows), record)
-
-
-def magnitude(model: Model, where: Mask) -> dict[str, torch.Tensor]:
-    """−|w| of the candidates, for `ladder`: the smallest weights go first."""
-    weights = {name: model.hf.get_parameter(name).detach().float().cpu() for name in where.entries}
-    return _only(where, {name: -w.abs() for name, w in weights.items()})
-
-
-def by_saliency(model: Model, split: Split, where: Mask, measure: str = "grad_weight", contrast: bool = False, format: str = "one_shot",
-                *, forget: Facts | None = None) -> dict[str, torch.Tensor]:
-    """Importance of the candidates for the facts to forget, for `ladder`: the most important go first.
-
-    `measure` is one of `helpers.localization.saliency`: `grad_weight` (as SNIP and SalUn) or `fisher`. `contrast` divides it by the
-    importance for as many facts to retain, plus its mean, since a weight that all facts need is salient for those to forget, too.
-    """
-    forget = split.forget if forget is None else forget
-    important = saliency(model, questions(model, forget, split, format), ("mlp",), where).weights[measure]
-    if contrast:
-        kept = saliency(model, questions(model, split.retain_train[:len(forget)], split, format), ("mlp",), where).weights[measure]
-        mean = torch.cat([_only(where, kept)[name].flatten() for name in kept])
-        mean = mean[mean.isfinite()].mean()
-        important = {name: values / (kept[name] + mean) for name, values in important.items()}
-    return _only(where, important)
-
-
-def ladder(model: Model, importance: Mapping[str, torch.Tensor], ns: Sequence[int], name: str) -> list[Mask]:
-    """For each n the mask of the n weights of largest importance; each holds those of smaller n.
-
-    `importance`: parameter name → values, −inf for weights that are not to be deleted. Ties (learned masks have many at 0) are drawn
-    in a fixed random order, not by position, which would prefer low layers. Raises `SelectionError` if there are too few.
-    """
-    flat = torch.cat([values.flatten() for values in importance.values()])
-    there = int((flat > -math.inf).sum())
-    if not ns or min(ns) < 1 or max(ns) > there:
-        raise SelectionError(f"{name}: {', '.join(f'{n:,}' for n in ns) or 'no'} weights are to be deleted; {there:,} may be, at least 1")
-    drawn = torch.randperm(len(flat), generator=torch.Generator().manual_seed(0))
-    order = drawn[flat[drawn].argsort(descending=True, stable=True)[:max(ns)]]
-    masks = []
-    for n in ns:
-        chosen = torch.zeros(len(flat), dtype=torch.bool)
-        chosen[order[:n]] = True
-        parts = chosen.split([values.numel() for values in importance.values()])
-        entries = {path: part.view(values.shape) for (path, values), part in zip(importance.items(), parts)}
-        masks.append(replace(from_weights(model, entries, f"{name} {n}"), budget=n))
-    return masks
-
-
-def delete(model: Model, chosen: Mask, record: Mapping | None = None) -> Edit:
-    """The edit that sets the weights of a mask to zero. `record` says where the mask comes from, e.g. `learned.record`."""
-    zeros = {name: torch.zeros(chosen.shapes[name]) for name in chosen.entries}
-    return Edit.of(model, chosen, zeros, {"method": "weight mask", **(record or {}), "deleted": chosen.n_parameters})
-
-
-def _only(where: Mask, importance: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """Importance of the candidates, −inf elsewhere."""
-    return {name: importance[name] if part is None else torch.where(part, importance[name], -math.inf) for name, part in where.entries.items()}
 
 
 def _mask_of(f: torch.Tensor, w0: torch.Tensor, explicit: bool) -> torch.Tensor:
@@ -234,7 +173,8 @@ def _decay(free: Sequence[torch.Tensor], first: Sequence[torch.Tensor], learning
         f.grad = f.grad + learning.decay * (f - origin)
 
 
-def _gradients(model: Model, trained: MaskedWeights, terms: Sequence[Term], step: int, settings: Settings) -> dict[str, float]:
+def _gradients(model: Model, trained: MaskedWeights, terms: Sequence[Term], step: int,
+               settings: Settings) -> dict[str, float]:
     """Losses of the terms; the gradient of their weighted sum is on `trained.tensors`."""
     trained.begin(step)
     for tensor in trained.tensors:
