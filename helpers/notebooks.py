@@ -16,6 +16,7 @@ import json
 import os
 import sys
 import time
+import uuid
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -54,6 +55,10 @@ class LocalKernel(AsyncKernelManager):
         # files instead of TCP ports: kernels started side by side cannot take each other's port
         files = os.name == "posix" and len(jupyter_runtime_dir()) <= LONGEST_SOCKET_FOLDER
         specs = KernelSpecManager(kernel_dirs=[])
+        # the sockets take their names from this file; without one, every kernel's would be kernel-ipc-1, -2 …
+        folder = Path(jupyter_runtime_dir())
+        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+        options.setdefault("connection_file", str(folder / f"kernel-{uuid.uuid4().hex}.json"))
         super().__init__(transport="ipc" if files else "tcp", kernel_spec_manager=specs, **options)
 
     async def start_kernel(self, **options: Any) -> None:

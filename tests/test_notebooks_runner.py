@@ -200,3 +200,10 @@ def test_kernels_are_of_this_interpreter_and_use_files_where_paths_are_short(mon
         kernel = notebooks.LocalKernel(kernel_name="python3")
         assert kernel.kernel_spec.argv[0] == sys.executable
         assert kernel.transport == (transport if os.name == "posix" else "tcp")
+
+
+def test_kernels_side_by_side_have_sockets_of_their_own():
+    one, two = notebooks.LocalKernel(), notebooks.LocalKernel()
+    assert one.connection_file != two.connection_file
+    if one.transport == "ipc":
+        assert one.ip != two.ip and Path(one.ip).is_absolute()
