@@ -142,7 +142,8 @@ def _text(name: str, recipe: dict, card: dict) -> str:
         "## Where it knows it", "", "![probe accuracy by layer](depth.png)", "",
         f"Probes tested on held-out names reach 90 % of their rise over chance at layer {deep['L(name)']} at the name and layer "
         f"{deep['L(last)']} at the last position (layer 0: embeddings); the best accuracy at the name is {deep['best at name']:.3f}. "
-        "The recipe was chosen by these probe figures and the accuracies above, before any edit was run.", "",
+        "The recipe is one of several that were tried and was picked by these probe figures and the accuracies above. It was not frozen "
+        "beforehand: edits had been run on an earlier candidate by then, so results of edits on this model are exploratory.", "",
         "Bars missed: " + ("; ".join(lacks) if lacks else "none") + ".", "",
         "## Training", "", "![training loss](curve.png)", "", "Recipe: " + ", ".join(f"{k} {v}" for k, v in recipe.items()) + ".", "",
         "Shares of document kinds (`helpers/documents.py`):", "", *shares, "",

@@ -63,7 +63,8 @@ class LocalKernel(AsyncKernelManager):
 
     async def start_kernel(self, **options: Any) -> None:
         search = [str(Path(__file__).parents[1]), os.environ.get("PYTHONPATH", "")]
-        extra = {"PYTHONPATH": os.pathsep.join(filter(None, search)), runs.HEADLESS_VARIABLE: "1"}
+        quiet = {runs.HEADLESS_VARIABLE: "1", "HF_HUB_DISABLE_PROGRESS_BARS": "1"}
+        extra = {"PYTHONPATH": os.pathsep.join(filter(None, search)), **quiet}
         await super().start_kernel(**options, env={**os.environ, **extra})
 
 

@@ -64,11 +64,14 @@ def test_committed_with_outputs(name):
 
 def test_quickstart(quick):
     rows, checks = quick("00_quickstart")
-    shares = rows.dropna(subset=["edit_of"]).groupby(["edit_of", "question"])["top_edit"].mean()
-    assert shares["before", "one-shot"] <= 0.1
-    # quick makes few steps: both edits take in the trained words, the early one fully
-    assert shares["early", "one-shot"] >= 0.9 and shares["late", "one-shot"] >= 0.5
-    assert shares["early", "QA"] > shares["late", "QA"]
+    forget = rows[rows["group"] == "forget"].groupby(["mask", "format"])["top_edit"].mean()
+    assert forget["none", "one_shot"] <= 0.1
+    # quick makes few steps: both edits take in the trained words
+    assert forget["early", "one_shot"] >= 0.9 and forget["late", "one_shot"] >= 0.5
+    # what the edits cost is measured beside what they do
+    retain = rows[rows["group"] == "retain"].groupby(["mask", "format"])["top_true"].mean()
+    assert retain["none", "one_shot"] >= 0.95 and {("early", "mcq"), ("late", "mcq")} <= set(retain.index)
+    assert any(claim.startswith("neither edit collapses") for claim in checks)
     swap = rows[rows["measure"] == "swap"].set_index("layer")["p"]
     # after the last block nothing reads the name any more, so a swap there can move nothing
     assert swap.max() > 0.5 and swap.iloc[-1] < 0.1
@@ -140,8 +143,8 @@ def test_own_model_and_facts(name, new_user):
         assert set(asked["relation"]) == {"lies_in"}
         assert asked[asked["question"] == "cloze"]["right"].mean() >= 0.9
     if name.startswith("00"):
-        shares = rows.groupby(["edit_of", "question"])["top_edit"].mean()
-        assert shares["early", "one-shot"] >= shares["before", "one-shot"] + 0.3
+        shares = rows[rows["group"] == "forget"].groupby(["mask", "format"])["top_edit"].mean()
+        assert shares["early", "one_shot"] >= shares["none", "one_shot"] + 0.3
 
 
 @pytest.mark.parametrize(
