@@ -8,7 +8,7 @@ The second code cell of every notebook reads
 `start` refuses unknown and ill-typed parameters before anything is written (see `parameters.py`), then
 opens `<out>/<notebook>/<run id>`:
 
-    parameters.json  provenance.json  rows.parquet  checks.json  figures/<name>.png  done.json
+    parameters.json  provenance.json  rows.parquet  results.parquet  checks.json  figures/<name>.png  done.json
 
 The run id is a hash of the notebook's name and its parameters, so the same parameters always meet in
 the same folder: starting again replaces what an earlier run left there, and a sweep finds what is
@@ -149,10 +149,11 @@ class Run:
         self.folder = folder(notebook, params)
         self.checks: list[Check] = []
         self._batches: list[pd.DataFrame] = []
+        self._results: list[pd.DataFrame] = []
         self._uses: dict[str, str] = {}
         self._started = time.monotonic()
         # a killed run must not be taken for the finished one whose folder it shares
-        for old in ("done.json", "rows.parquet", "checks.json"):
+        for old in ("done.json", "rows.parquet", "results.parquet", "checks.json"):
             (self.folder / old).unlink(missing_ok=True)
         shutil.rmtree(self.folder / "figures", ignore_errors=True)
         provenance.write_json(self.folder / "parameters.json", params.model_dump())
@@ -225,15 +226,24 @@ class Run:
         """
         given = self.params.model_dump()
         own = {"run": self.id, "notebook": self.notebook} | {name: given[name] for name in RUN_COLUMNS if name in given}
+        self._batches = self._append("rows.parquet", self._batches, rows, columns, own)
+
+    def result(self, rows: pd.DataFrame, **columns: Any) -> None:
+        """Append rows of `helpers.results`, one value a row, to `results.parquet`: what sweeps collect and claims judge.
+
+        `run` and `model` are added. Otherwise as `record`.
+        """
+        self._results = self._append("results.parquet", self._results, rows, columns, {"run": self.id, "model": self.params.model})
+
+    def _append(self, file: str, batches: list[pd.DataFrame], rows: Any, columns: dict, own: dict) -> list[pd.DataFrame]:
         batch = pd.DataFrame(rows).assign(**columns)
         batch = batch.assign(**{name: value for name, value in own.items() if name not in batch})
         batch = batch[[*own, *(name for name in batch if name not in own)]]
-        if any(batch.equals(known) for known in self._batches):
-            return
-        batches = [*self._batches, batch]
-        table = pd.concat(batches, ignore_index=True)
-        provenance.write_atomic(self.folder / "rows.parquet", lambda path: table.to_parquet(path, index=False))
-        self._batches = batches
+        if any(batch.equals(known) for known in batches):
+            return batches
+        table = pd.concat([*batches, batch], ignore_index=True)
+        provenance.write_atomic(self.folder / file, lambda path: table.to_parquet(path, index=False))
+        return [*batches, batch]
 
     def figure(self, fig: "Figure", name: str) -> None:
         """Show a figure and save it as `figures/<name>.png`; a copy goes to the `figures` parameter's folder if there is one.

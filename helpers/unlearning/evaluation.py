@@ -92,20 +92,20 @@ def _measures(rows: pd.DataFrame) -> pd.DataFrame:
         for reading, column in READINGS.items():
             row = {"method": method, "mask": mask, "seed": seed, "reading": reading}
             for (group, format), cell in part[part["group"] != "text"].groupby(["group", "format"], sort=False):
-                true, edit = cell[f"{column}_true"].mean(), cell[f"{column}_edit"].mean()
-                row |= _named(group, format, true, edit)
+                row |= {name: cell[f"{column}_{answer}"].mean() for answer, name in measure_names(group, format).items()}
             found.append({**row, "text_loss": losses.mean()})
     return pd.DataFrame(found)
 
 
-def _named(group: str, format: str, true: float, edit: float) -> dict[str, float]:
+def measure_names(group: str, format: str) -> dict[str, str]:
+    """What the readings of the true and of the edit answer are called, for facts of a group asked in a format."""
     if group == "neighborhood":
-        return {"neighborhood_true": true, "neighborhood_edit": edit}
+        return {"true": "neighborhood_true", "edit": "neighborhood_edit"}
     if group == "retain":
-        return {"retain" if format == "one_shot" else f"{format}_retain": true}
+        return {"true": "retain" if format == "one_shot" else f"{format}_retain"}
     if format == "one_shot":
-        return {"forget": true, "edit": edit}
-    return {f"{format}_forget": true, f"{format}_edit": edit}
+        return {"true": "forget", "edit": "edit"}
+    return {"true": f"{format}_forget", "edit": f"{format}_edit"}
 
 
 def _reasons(row: pd.Series, base: pd.Series) -> list[str]:

@@ -1,0 +1,111 @@
+"""The masks that experiments compare, by the names that `data/claims.yaml` gives them.
+
+    chosen = choose(model, known, split, ["lookup", "causal tracing MLPs", "windows", "random"], seed=0)
+    chosen.masks["lookup"], chosen.lookup.rule, chosen.layers("lookup")
+
+Fact lookup decides first; its number of weights is the budget of every other choice, and its number of MLPs that of the random
+and depth-matched ones. Localizations see the facts to be edited (with partners from all known facts); only the probes
+of fact lookup are trained on all known facts. Nothing is computed that no name asks for.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+
+import pandas as pd
+
+from helpers import masks, prompts, selection
+from helpers.facts import Facts
+from helpers.localization import attribution, causal_tracing, fact_lookup
+from helpers.localization.counterfactual import pairs
+from helpers.localization.evidence import component_scores
+from helpers.masks import Mask, SelectionError
+from helpers.models import Model
+from helpers.splits import Split
+
+SCORED = ("causal tracing", "causal tracing MLPs", "attribution", "attribution MLPs")
+PLAIN = ("lookup", "everything", "all MLPs", "random", "random MLPs")
+NAMES = (*PLAIN, *SCORED, "windows")
+
+
+@dataclass(frozen=True, eq=False)
+class Choices:
+    """`masks` by name; `lookup`: how fact lookup chose (None where it was given by hand); `scores` of attention blocks and MLPs."""
+
+    masks: dict[str, Mask]
+    lookup: fact_lookup.Lookup | None
+    scores: dict[str, pd.Series] = field(repr=False)
+
+    def layers(self, name: str) -> str:
+        """The layers of a choice of whole MLPs, "2 3 4"; empty for any other choice."""
+        units = self.masks[name].units
+        return " ".join(map(str, self.masks[name].layers)) if units and all(unit.startswith("mlp") for unit in units) else ""
+
+    def table(self) -> pd.DataFrame:
+        """One row a choice: what it holds, how many weights, how far over the budget."""
+        rows = [{"choice": name, "units": ", ".join(m.units), "weights": m.n_parameters, "overshoot": m.overshoot}
+                for name, m in self.masks.items()]
+        return pd.DataFrame(rows)
+
+
+def choose(model: Model, known: Facts, split: Split, names: Sequence[str] = ("lookup",), *, lookup: Sequence[int] | None = None,
+           format: str = "cloze", samples: int = 3, seed: int = 0, batch_size: int = 64) -> Choices:
+    """The masks of these names for editing `split.forget`.
+
+    Args:
+        known: the facts the model knows; partners and probes come from them.
+        names: of NAMES, or single windows ("MLP 2-4"); "windows" stands for every window of as many MLPs as fact lookup chose.
+        lookup: layers of the lookup MLPs, where they are known already or chosen by hand.
+        samples: noise samples of causal tracing.
+
+    Fact lookup goes by `fact_lookup.sports` for facts of one relation, by `counterfact` with the calibrated threshold for facts of
+    several. Raises `SelectionError` for an unknown name, and where fact lookup chooses no MLP.
+    """
+    unknown = [name for name in names if name not in NAMES and not is_window(name)]
+    if unknown or not names:
+        raise SelectionError(f"masks {', '.join(unknown) or '(none)'}: there are {', '.join(NAMES)}, and windows such as 'MLP 2-4'")
+    twins = pairs(model, split.forget, format, partners=known, seed=seed, minimum=2)
+    found = _look_up(model, known, split, twins, format, seed, batch_size) if lookup is None else None
+    layers = tuple(lookup) if found is None else found.layers
+    if not layers:
+        raise SelectionError(f"{model.name}: fact lookup chooses no MLP ({found.rule}); name layers by hand")
+    flu = masks.mask(model, [f"mlp {layer}" for layer in layers], "lookup")
+    scores, chosen = {}, {}
+    if any(name.startswith("causal tracing") for name in names):
+        scores["causal tracing"] = component_scores(causal_tracing.trace_components(model, twins.clean, ("attn", "mlp"),
+                                                                                    samples=samples, seed=seed))
+    if any(name.startswith("attribution") for name in names):
+        found_at_heads = attribution.attribute(model, twins, ("head", "mlp"))
+        scores["attribution"] = selection.whole_units(component_scores(found_at_heads, "score"))
+    for name in names:
+        method = name.removesuffix(" MLPs")
+        if name in SCORED:
+            kinds = ("mlp",) if name.endswith("MLPs") else ("attn", "mlp")
+            chosen[name] = selection.greedy(model, scores[method], flu.n_parameters, kinds, name)
+        elif name == "windows":
+            chosen |= {window.name: window for window in selection.windows(model, len(layers))}
+        elif is_window(name):
+            first, last = map(int, name.removeprefix("MLP ").split("-"))
+            chosen[name] = masks.mask(model, [f"mlp {layer}" for layer in range(first, last + 1)], name)
+        else:
+            chosen[name] = {"lookup": lambda: flu, "everything": lambda: selection.everything(model),
+                            "all MLPs": lambda: selection.all_mlps(model),
+                            "random": lambda: selection.random_units(model, flu.n_parameters, seed),
+                            "random MLPs": lambda: selection.random_mlps(model, len(layers), seed)}[name]()
+    # the names of claims, under which rows are stored: a random mask is drawn anew with each seed, under one name
+    return Choices({name: replace(mask, name=name) for name, mask in chosen.items()}, found, scores)
+
+
+def is_window(name: str) -> bool:
+    """Whether a name is that of a run of neighbouring MLPs, "MLP 2-4"."""
+    first, _, last = name.removeprefix("MLP ").partition("-")
+    return name.startswith("MLP ") and first.isdecimal() and last.isdecimal() and int(first) <= int(last)
+
+
+def _look_up(model: Model, known: Facts, split: Split, twins, format: str, seed: int, batch_size: int) -> fact_lookup.Lookup:
+    relations = {fact.relation.name for fact in split.forget}
+    if len(relations) > 1:
+        return fact_lookup.counterfact(model, twins, threshold="calibrated", seed=seed, batch_size=batch_size)
+    asked = prompts.build(model.tokenizer, known.where(lambda fact: fact.relation.name in relations), format)
+    return fact_lookup.sports(model, twins, asked, seed=seed, batch_size=batch_size)

@@ -1,0 +1,102 @@
+"""Results in one long table, a value a row: what `data/claims.yaml` judges, sweeps store and the report reads.
+
+    run.result(results.of_evaluation(rows, facts="athletes first-64", n=64, localization="lookup", method="finetune", layers="2 3"))
+    run.result(results.of_attacks(rows, split, facts=…, n=…, localization=…, method=…, layers=…))
+
+Columns: those of `helpers.claims.COLUMNS` (run and model are added by `run.result`), `layers`, and `setting`, which says how an
+attack was made. An attack under one of the plain names of ATTACKS is the one that claims mean; the same attack with other
+settings is called by name and setting, "relearn lora: 4 facts, lr 0.001, step 20", and enters no claim.
+"""
+
+from __future__ import annotations
+
+import pandas as pd
+
+from helpers.attacks.headline import worst_case
+from helpers.attacks.rows import AttackError
+from helpers.splits import Split
+from helpers.unlearning.evaluation import READINGS, measure_names
+
+COLUMNS = ["facts", "n", "seed", "localization", "layers", "method", "attack", "setting", "fact", "measure", "value"]
+# the setting that claims mean, as the attack names it without the format it was read in
+ATTACKS = {"relearn lora": "all facts, lr 0.002, step 20", "relearn full": "all facts, lr 0.001, step 20",
+           "soft prompt": "10 vectors, restart 0, step 60"}
+PROBED = ("probe", "last")  # attack and position of probe_true
+
+
+def of_evaluation(rows: pd.DataFrame, **where) -> pd.DataFrame:
+    """Long results from rows of `evaluation.evaluate` for one method, mask and seed.
+
+    `where`: facts, n, localization, method, layers, and seed if it is not that of the rows.
+    """
+    text = rows[rows["group"] == "text"]
+    loss = text.assign(fact="", measure="text_loss", value=text["loss"])
+    table = pd.concat([*_melt(rows[rows["group"] != "text"]), loss])
+    return _tidy(table.assign(attack="none", setting=""), **{"seed": rows["seed"].iloc[0], **where})
+
+
+def of_attacks(rows: pd.DataFrame, split: Split, **where) -> pd.DataFrame:
+    """Long results from rows of `attacks.run` on one edit: each attack as made, the probes' share of layers, the worst case.
+
+    Left out: the facts that an attack was trained on, and `untouched` (attack "none" comes from `of_evaluation`). The worst case is missing
+    where `headline.worst_case` cannot be had.
+    """
+    read = rows[rows["group"].isin(["forget", "retain"]) & (rows["attack"] != "none")]
+    hidden = read["attack"].isin(["probe", "logit lens"])
+    tables = [part.assign(attack=_names(part)) for part in _melt(read[~hidden])]
+    tables += [_probed(read), _worst(rows, split)]
+    return _tidy(pd.concat([table for table in tables if len(table)]), **where)
+
+
+def _melt(rows: pd.DataFrame) -> list[pd.DataFrame]:
+    """One table for each answer and reading, with `fact`, `measure` and `value`."""
+    tables = []
+    for (group, format), part in rows.groupby(["group", "format"], sort=False):
+        for answer, name in measure_names(group, format).items():
+            for reading, column in READINGS.items():
+                value = part[f"{column}_{answer}"]
+                tables.append(part.assign(fact=_facts(part), measure=f"{name} {reading}", value=value)[value.notna()])
+    return tables
+
+
+def _names(part: pd.DataFrame) -> pd.Series:
+    """The attack as rows of results call it."""
+    plain = pd.Series([setting.removesuffix(f", {format}") for setting, format in zip(part["setting"], part["format"])], part.index)
+    meant = (plain == part["attack"].map(ATTACKS)) & (part["control"] == "")
+    full = part["attack"] + ": " + plain + part["control"].map(lambda control: f" ({control})" if control else "")
+    return part["attack"].where(meant, full)
+
+
+def _probed(rows: pd.DataFrame) -> pd.DataFrame:
+    """Per fact the share of the layers in the upper two thirds at which a probe at the last token reads the true answer."""
+    attack, position = PROBED
+    part = rows[(rows["attack"] == attack) & (rows["control"] == "") & (rows["group"] == "forget")]
+    if part.empty:
+        return pd.DataFrame()
+    part = part[(part["position"] == position) & (part["layer"] > part["layer"].max() / 3)]
+    shares = part.assign(fact=_facts(part)).groupby("fact", sort=False)[list(f"{c}_true" for c in READINGS.values())].mean()
+    tables = [pd.DataFrame({"fact": shares.index, "measure": f"probe_true {reading}", "value": shares[f"{column}_true"].to_numpy()})
+              for reading, column in READINGS.items()]
+    return pd.concat(tables).assign(attack=attack, setting=f"{position}, upper two thirds")
+
+
+def _worst(rows: pd.DataFrame, split: Split) -> pd.DataFrame:
+    tables = []
+    for reading in READINGS:
+        try:
+            worst = worst_case(rows, split, reading)
+        except AttackError:  # too few facts, or all with one answer: there is no worst case to report
+            continue
+        said = {"attack": "worst", "setting": worst["attack"] + ": " + worst["setting"], "fact": _facts(worst)}
+        tables += [pd.DataFrame({**said, "measure": f"{name} {reading}", "value": worst[column]})
+                   for name, column in {"forget": "recovered", "worst_other": "other", "worst_single": "single"}.items()]
+    return pd.concat(tables).dropna(subset="value") if tables else pd.DataFrame()
+
+
+def _facts(table: pd.DataFrame) -> pd.Series:
+    return table["subject"].astype(str) + " | " + table["relation"].astype(str)
+
+
+def _tidy(table: pd.DataFrame, *, facts: str, n: int, seed: int, localization: str, method: str, layers: str = "") -> pd.DataFrame:
+    own = {"facts": facts, "n": n, "seed": int(seed), "localization": localization, "layers": layers, "method": method}
+    return table.drop(columns=[c for c in own if c in table]).assign(**own)[COLUMNS].reset_index(drop=True)

@@ -1,0 +1,89 @@
+"""Results: one value a row, equal to what the wide tables say, under the names that claims know."""
+
+from __future__ import annotations
+
+import attacks_cases as cases
+import numpy as np
+import pandas as pd
+import pytest
+
+from helpers import attacks, claims, results
+from helpers.unlearning import evaluation
+
+WHERE = {"facts": "athletes first-16", "n": cases.N_FORGET, "localization": "lookup", "method": "finetune", "layers": "0"}
+
+
+@pytest.fixture(scope="module")
+def evaluated():
+    model = cases.known()
+    return evaluation.evaluate(model, cases.a_split(), "finetune", "lookup", 3, n_retain=16, texts=cases.texts())
+
+
+@pytest.fixture(scope="module")
+def attacked():
+    model, edit, split = cases.known(), cases.edit(), cases.a_split()
+    parts = [attacks.untouched(model, edit, split, n_retain=16),
+             attacks.relearn(model, edit, split, rates=(2e-3,), steps=(0, 20), rank=4, invented=True, n_retain=16, formats=("one_shot",)),
+             attacks.probe(model, edit, split, n_retain=16)]
+    return pd.concat(parts, ignore_index=True)
+
+
+def test_means_of_long_results_are_those_of_the_wide_summary(evaluated):
+    long = results.of_evaluation(evaluated, **WHERE)
+    wide = evaluation.summarize(evaluated, evaluated).set_index("reading")
+    means = long.groupby("measure")["value"].mean()
+    measured = [c for c in wide if c not in ("method", "mask", "seed", "text_loss", "retain_kept", "collapsed", "collapse")]
+    assert means["text_loss"] == pytest.approx(wide["text_loss"].iloc[0])
+    for name in measured:
+        for reading in evaluation.READINGS:
+            assert means[f"{name} {reading}"] == pytest.approx(wide.loc[reading, name], abs=1e-12), name
+    assert len(means) == 1 + len(measured) * len(evaluation.READINGS)
+
+
+def test_a_fact_has_one_value_a_measure(evaluated, attacked):
+    for table in (results.of_evaluation(evaluated, **WHERE), results.of_attacks(attacked, cases.a_split(), seed=3, **WHERE)):
+        assert not table.duplicated(["attack", "fact", "measure"]).any()
+        assert list(table) == results.COLUMNS and set(table["seed"]) == {3} and table["value"].notna().all()
+
+
+def test_the_attack_that_claims_mean_has_the_plain_name_and_controls_never_do(attacked):
+    long = results.of_attacks(attacked, cases.a_split(), seed=0, **WHERE)
+    names = set(long["attack"])
+    assert "relearn lora" in names and "none" not in names
+    assert "relearn lora: all facts, lr 0.002, step 0" in names
+    assert "relearn lora: all facts, lr 0.002, step 20 (invented names)" in names
+    plain = attacked[(attacked["attack"] == "relearn lora") & (attacked["step"] == 20) & (attacked["control"] == "")]
+    read = plain[plain["group"] == "forget"]
+    meant = long[(long["attack"] == "relearn lora") & (long["measure"] == "forget top1")]
+    assert sorted(meant["fact"]) == sorted(read["subject"] + " | " + read["relation"])
+    assert meant["value"].mean() == pytest.approx(read["top_true"].mean())
+
+
+def test_probe_true_is_the_share_of_upper_layers_at_the_last_token(attacked):
+    long = results.of_attacks(attacked, cases.a_split(), seed=0, **WHERE)
+    n_layers = cases.known().n_layers
+    upper = [layer for layer in range(n_layers + 1) if layer > n_layers / 3]
+    rows = attacked[(attacked["attack"] == "probe") & (attacked["control"] == "") & (attacked["group"] == "forget")
+                    & (attacked["position"] == "last") & attacked["layer"].isin(upper)]
+    found = long[long["measure"] == "probe_true top1"].set_index("fact")["value"]
+    for subject, part in rows.groupby("subject"):
+        assert found[[key for key in found.index if key.startswith(f"{subject} |")][0]] == pytest.approx(part["top_true"].sum() / len(upper))
+
+
+def test_the_worst_case_is_that_of_the_headline(attacked):
+    long = results.of_attacks(attacked, cases.a_split(), seed=0, **WHERE)
+    try:
+        expected = attacks.worst_case(attacked, cases.a_split())["recovered"].mean()
+    except attacks.AttackError:
+        expected = np.nan
+    worst = long[(long["attack"] == "worst") & (long["measure"] == "forget top1")]["value"]
+    assert np.isnan(expected) and worst.empty or worst.mean() == pytest.approx(expected)
+
+
+def test_every_attack_and_measure_that_a_claim_needs_is_one_that_rows_can_have(evaluated, attacked):
+    declared = claims.load()
+    long = pd.concat([results.of_evaluation(evaluated, **WHERE), results.of_attacks(attacked, cases.a_split(), seed=0, **WHERE)])
+    measures = set(long["measure"]) | {"soft prompt"}
+    needed = {claim.named(claim.measure) for claim in declared.claims if claim.attack in ("none", "relearn lora", "probe")}
+    assert needed <= measures, needed - measures
+    assert set(results.ATTACKS) - {"relearn full"} < set(declared.attacks) and {"probe", "worst", "none"} < set(declared.attacks)
