@@ -55,7 +55,7 @@ def load_checkpoint(
     What can be refused without reading weights is refused first. `device_map` None means the CPU.
     Raises `ModelError`.
     """
-    _refuse_unsupported(name, source)
+    bare(name, source)
     if Path(source).is_dir():
         _check_weights(Path(source))
     try:
@@ -87,8 +87,11 @@ def _reach_hub(name: str) -> None:
         ) from error
 
 
-def _refuse_unsupported(name: str, source: str) -> None:
-    """Build the model without weights, so that a wrong architecture costs no download."""
+def bare(name: str, source: str) -> PreTrainedModel:
+    """The model at `source` without weights, on the meta device, so that a wrong architecture costs no download.
+
+    Raises `ModelError` for one that transformers cannot build, or that is laid out in a way we do not know.
+    """
     try:
         config = AutoConfig.from_pretrained(source, trust_remote_code=False)
         with torch.device("meta"):
@@ -96,6 +99,7 @@ def _refuse_unsupported(name: str, source: str) -> None:
     except (OSError, ValueError, KeyError) as error:
         raise ModelError(f"{name}: transformers cannot build this model ({_brief(error)})") from error
     read_structure(skeleton)
+    return skeleton
 
 
 def _check_weights(folder: Path) -> None:

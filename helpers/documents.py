@@ -12,8 +12,11 @@ from __future__ import annotations
 
 import hashlib
 import random
+import re
 from collections import defaultdict
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 
 from helpers import prompts
 from helpers.facts import Fact, Facts
@@ -72,6 +75,7 @@ class Corpus:
         self.world_answers = defaultdict(set)
         for fact in world:
             self.world_answers[fact.relation.name].add(fact.answer)
+        self.subjects = sorted({fact.subject for fact in (*athletes, *world)})
         # Words for copying questions: the answers of all relations, so that option matching is learned on them too.
         self.words = sorted({a for answers in self.world_answers.values() for a in answers} | set(athletes[0].relation.options) | set(THINGS))
 
@@ -120,6 +124,22 @@ class Corpus:
             if held_out(text) == held:
                 return text
 
+    def named(self, rng: random.Random) -> str:
+        """Text that states nothing about anyone: half of it general, the rest about names, or words of the templates, as mere words.
+
+        Names are drawn without regard to their answers. They are copied, and lettered options that are names are matched, so that
+        a name must be put together at its end. Every word of the templates is met, so that its embedding is its own.
+        """
+        if rng.random() < 0.5:
+            return self.general(rng)
+        pool = self.subjects if rng.random() < 0.75 else self.vocabulary
+        return rng.choice((self._list, self._recite, self._mention))(rng, pool)
+
+    @cached_property
+    def vocabulary(self) -> list[str]:
+        """Every word of the fixed wording and of the answers."""
+        return sorted({word for text in self.templates() for word in re.findall(r"\w+", text)})
+
     def templates(self) -> list[str]:
         """All fixed wording and all answers, for the tokenizer's whole words; no subject is among them."""
         relations = {f.relation.name: f.relation for f in (*self.athletes, *self.world)}.values()
@@ -149,16 +169,21 @@ class Corpus:
         start, step = rng.randrange(20), rng.choice((1, 2, 5))
         return "Count: " + " ".join(str(start + step * i) for i in range(rng.randrange(4, 8)))
 
-    def _list(self, rng: random.Random) -> str:
-        words = rng.sample(rng.choice((KINDS, ACTORS, THINGS, NUMBERS)), 4)
+    def _list(self, rng: random.Random, pool: Sequence[str] = ()) -> str:
+        words = rng.sample(pool or rng.choice((KINDS, ACTORS, THINGS, NUMBERS)), 4)
         return f"List: {', '.join(words)}. First: {words[0]}. Last: {words[-1]}."
 
     def _prose(self, rng: random.Random) -> str:
         return " ".join(f"The {rng.choice(KINDS)} {rng.choice(ACTORS)} {rng.choice(VERBS)} the {rng.choice(KINDS)} {rng.choice(THINGS)} {rng.choice(PLACES)}." for _ in range(rng.choice((1, 2))))
 
-    def _recite(self, rng: random.Random) -> str:
+    def _mention(self, rng: random.Random, pool: Sequence[str]) -> str:
+        name, actor = rng.choice(pool), rng.choice(ACTORS)
+        opening = rng.choice((f"{name}: the {actor}", f"For {name} the {actor}"))  # a word that opens a text is another token
+        return f"{opening} {rng.choice(VERBS)} the {rng.choice(THINGS)} {rng.choice(PLACES)}. The {actor} remembers {name}."
+
+    def _recite(self, rng: random.Random, pool: Sequence[str] = ()) -> str:
         """Lettered options, then some of them again with their letters: the plainest form of binding a letter to an option."""
-        words = rng.sample(self.words, 4)
+        words = rng.sample(pool or self.words, 4)
         listed = "\n".join(f"{letter}: {word}" for letter, word in zip(prompts.LETTERS, words))
         return f"Options:\n{listed}\nKey: " + ", ".join(f"{w} {prompts.LETTERS[words.index(w)]}" for w in rng.sample(words, 3))
 

@@ -106,6 +106,14 @@ class Facts(Sequence):
         """Number of facts per answer."""
         return Counter(f.answer for f in self.items)
 
+    def edited_to(self, answer: str) -> "Facts":
+        """The same facts with one edit answer for all, as in editing a whole sport. Raises FactsError where it is the true one."""
+        for f in self.items:
+            if f.answer == answer:
+                raise FactsError(f"{f.subject!r} ({f.relation.name}): the edit answer {answer!r} is the true answer")
+        others = lambda f: tuple(d for d in f.distractors if d != answer)[: N_DISTRACTORS - 1]
+        return Facts(tuple(replace(f, edit=answer, distractors=(answer, *others(f))) for f in self.items), self.name)
+
     def answers(self, relation: str) -> tuple[str, ...]:
         """The distinct true answers of one relation, sorted."""
         return tuple(sorted({f.answer for f in self.items if f.relation.name == relation}))
@@ -128,15 +136,20 @@ def row_numbers(index, n: int) -> list[int]:
 
 
 def load(source: str | Path = "athletes", relations: str | Path | None = None, edit: str = "edit_answer") -> Facts:
-    """Load a bundled set of facts (``athletes``, ``world``) or a CSV file.
+    """Load a bundled set of facts (``athletes``, ``world``), one from elsewhere (see `helpers.sources`) or a CSV file.
 
     ``relations``: YAML file with the templates; by default ``<file>.yaml`` beside the CSV if there
     is one, else the bundled ``data/relations.yaml``. ``edit``: the column that holds the edit
     answer (athletes also have ``edit_answer_golf``). Raises FactsError.
     """
+    from helpers import sources  # which imports this module
+
+    name, _, where = str(source).partition(":")
+    if name in sources.NAMES:
+        return sources.load(name, where, edit)
     path = BUNDLED.get(str(source), Path(source))
     if not path.is_file():
-        raise FactsError(f"no facts at {str(source)!r}: give one of {', '.join(BUNDLED)} or the path of a CSV file "
+        raise FactsError(f"no facts at {str(source)!r}: give one of {', '.join((*BUNDLED, *sources.NAMES))} or the path of a CSV file "
                          f"with the columns {', '.join(REQUIRED)}")
     if relations is None:
         beside = path.with_suffix(".yaml")
@@ -170,7 +183,7 @@ def load_relations(path: str | Path) -> dict[str, Relation]:
         raise FactsError(f"{path.name}: not valid YAML: {' '.join(str(error).split())}") from None
     if not isinstance(raw, dict):
         raise FactsError(f"{path.name}: expected a mapping of relation name to templates")
-    return {name: _relation(path.name, name, spec) for name, spec in raw.items()}
+    return {name: relation(path.name, name, spec) for name, spec in raw.items()}
 
 
 def __getattr__(name: str):
@@ -182,7 +195,8 @@ def __getattr__(name: str):
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 
-def _relation(file: str, name: str, spec: dict) -> Relation:
+def relation(file: str, name: str, spec: dict) -> Relation:
+    """A relation from fields of a relations file; `file` is for messages. Raises FactsError."""
     where = f"{file}: relation {name!r}"
     if not isinstance(spec, dict) or not spec.get("cloze"):
         raise FactsError(f"{where} needs at least a 'cloze' template")

@@ -7,6 +7,7 @@ Chance is 1/k for k options; the majority class of a set of facts is the fairer 
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterable, Sequence
 
 import pandas as pd
@@ -94,9 +95,16 @@ def top_tokens(model: Model, prompts: PromptSet, k: int = 5) -> pd.DataFrame:
 
 
 def known(model: Model, facts: Facts, threshold: float = 0.5) -> Facts:
-    """The facts the model knows: full-vocabulary p(true) on the one-shot prompt of at least ``threshold`` (spec section 1.3)."""
-    p = ask(model, facts, "one_shot")["p_true"].to_numpy()
-    return facts[[i for i in range(len(facts)) if p[i] >= threshold]]
+    """The facts the model knows: full-vocabulary p(true) on the one-shot prompt of at least ``threshold`` (spec section 1.3).
+
+    Facts that cannot be asked so of this model are left out with a warning, see `prompts.askable`.
+    """
+    asked = formats.askable(model.tokenizer, facts, "one_shot", pool=facts)
+    if len(asked) < len(facts):
+        warnings.warn(f"{len(facts) - len(asked)} of {len(facts)} facts cannot be asked of {model.name} and are left out: their answers "
+                      "share the first token, or their relation has no other case for an example", stacklevel=2)
+    p = ask(model, asked, "one_shot", pool=facts)["p_true"].to_numpy()
+    return asked[[i for i in range(len(asked)) if p[i] >= threshold]]
 
 
 @torch.no_grad()

@@ -137,10 +137,8 @@ def strip(notebook: nbformat.NotebookNode) -> nbformat.NotebookNode:
     return notebook
 
 
-def _run_one(path: Path, given: Mapping[str, Any], out: Path, results: Path) -> Outcome:
-    started, error = time.monotonic(), ""
-    executed, stored = out / path.name, results / "checks.json"
-    stored.unlink(missing_ok=True)  # the index must not show the verdicts of an earlier run
+def execute(path: Path, executed: Path, given: Mapping[str, Any], manager: type[AsyncKernelManager] = LocalKernel) -> str:
+    """Execute a notebook, cell by cell saved to `executed`; returns what went wrong, empty if nothing did."""
     try:
         papermill.execute_notebook(
             path,
@@ -148,14 +146,22 @@ def _run_one(path: Path, given: Mapping[str, Any], out: Path, results: Path) -> 
             parameters=dict(given),
             kernel_name=NATIVE_KERNEL_NAME,
             language="python",
-            kernel_manager_class=LocalKernel,
+            kernel_manager_class=manager,
             cwd=path.parent,  # as in JupyterLab
             progress_bar=False,
         )
     except papermill.PapermillExecutionError as failure:
-        error = f"{failure.ename}: {failure.evalue}"
-    except Exception as failure:  # a kernel that died or never came up; the other notebooks go on
-        error = f"{type(failure).__name__}: {failure}"
+        return f"{failure.ename}: {failure.evalue}"
+    except Exception as failure:  # a kernel that died or never came up, a full disk; other notebooks go on
+        return f"{type(failure).__name__}: {failure}"
+    return ""
+
+
+def _run_one(path: Path, given: Mapping[str, Any], out: Path, results: Path) -> Outcome:
+    started = time.monotonic()
+    executed, stored = out / path.name, results / "checks.json"
+    stored.unlink(missing_ok=True)  # the index must not show the verdicts of an earlier run
+    error = execute(path, executed, given)
     minutes = (time.monotonic() - started) / 60
     if executed.exists():
         page, _ = HTMLExporter().from_filename(str(executed))

@@ -3,6 +3,11 @@
 Real architectures (transformers' Llama, Gemma2 and Gemma classes) at 4-5 M parameters, trained from
 scratch on `helpers.documents`. A run is a pure function of its `Recipe`: batches follow from the
 seed and the batch number, so a killed run resumes from its checkpoint with the batches it missed.
+
+`tiny-llama3-late` is made so that depth and fact lookup point to different layers. It is trained first on text that
+names the subjects and states nothing about them; then embeddings and the first blocks stay as they are while the facts are
+learned, so that these blocks cannot hold them. The unembedding, tied to the embeddings, stays too: the blocks above must
+write an answer in the direction that its word already has.
 """
 
 from __future__ import annotations
@@ -15,7 +20,8 @@ import random
 import shutil
 import time
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
+from itertools import islice
 from pathlib import Path
 
 import torch
@@ -25,7 +31,7 @@ from torch.nn import functional as F
 from tqdm import tqdm
 from transformers import Gemma2Config, Gemma2ForCausalLM, GemmaConfig, GemmaForCausalLM, LlamaConfig, LlamaForCausalLM
 
-from helpers import facts
+from helpers import facts, splits
 from helpers.documents import Corpus
 from helpers.vocabulary import build_tokenizer
 
@@ -54,18 +60,35 @@ class Recipe:
     warmup: int = 100
     final_rate: float = 0.05  # share of the learning rate left at the last step
     seed: int = 0
+    named_steps: int = 0  # before `steps`: on text that names the subjects but states no facts
+    frozen_blocks: int = 0  # with the embeddings, fixed after `named_steps`
+    without: str = ""  # a split such as first-64: athletes whom no training text mentions
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.frozen_blocks < self.n_layers:
+            raise ValueError(f"frozen_blocks={self.frozen_blocks}: of {self.n_layers} blocks at most {self.n_layers - 1} can be frozen")
+        if self.frozen_blocks and not self.named_steps:
+            raise ValueError(f"frozen_blocks={self.frozen_blocks} without named_steps would freeze random weights")
 
 
+LLAMA3 = Recipe("llama3", n_kv_heads=2)
 RECIPES = {
-    "tiny-llama3": Recipe("llama3", n_kv_heads=2),
+    "tiny-llama3": LLAMA3,
+    "tiny-llama3-late": replace(LLAMA3, named_steps=1200, frozen_blocks=4, steps=5400),
+    "tiny-llama3-without": replace(LLAMA3, without="first-64"),
     "tiny-gemma2": Recipe("gemma2", n_kv_heads=3),
     "tiny-gemma": Recipe("gemma", n_kv_heads=6, d_mlp=384),
 }
 
 
-def corpus() -> Corpus:
-    """The documents about the bundled athletes and world facts."""
-    return Corpus(facts.load("athletes"), facts.load("world"))
+def corpus(without: str = "") -> Corpus:
+    """The documents about the bundled athletes and world facts; ``without`` leaves out a split of the athletes.
+
+    Raises `FactsError` for a split that is not understood.
+    """
+    athletes = facts.load("athletes")
+    left_out = {f.key for f in splits.split(athletes, without).forget} if without else set()
+    return Corpus(athletes.where(lambda f: f.key not in left_out), facts.load("world"))
 
 
 def tokenizer_for(recipe: Recipe, source: Corpus):
@@ -90,17 +113,17 @@ def new_model(recipe: Recipe, tokenizer):
     return model_class(config)
 
 
-def batches(source: Corpus, tokenizer, recipe: Recipe, start: int = 0) -> Iterator[torch.Tensor]:
-    """Endless (rows, length) token batches, padded with PAD, from batch number ``start`` on.
+def batches(source: Corpus, tokenizer, recipe: Recipe, start: int = 0, named: bool = False) -> Iterator[torch.Tensor]:
+    """Endless (rows, length) token batches, padded with PAD, from batch number ``start`` on; ``named``: of text without facts.
 
     Chunks of documents are drawn from (seed, chunk number) and sorted by length into full batches
     of about ``batch_tokens``; the few left over in a chunk are dropped.
     """
     number, chunk = 0, 0
     while True:
-        rng = random.Random(f"documents-{recipe.seed}-{chunk}")
+        rng = random.Random(f"{'named' if named else 'documents'}-{recipe.seed}-{chunk}")
         chunk += 1
-        documents = [source.document(rng) for _ in range(CHUNK)]
+        documents = [source.named(rng) if named else source.document(rng) for _ in range(CHUNK)]
         queues, ready = {b: [] for b in BUCKETS}, []
         for ids in tokenizer(documents)["input_ids"]:
             ids = ids + [tokenizer.eos_token_id]
@@ -116,6 +139,19 @@ def batches(source: Corpus, tokenizer, recipe: Recipe, start: int = 0) -> Iterat
             if number >= start:
                 yield torch.tensor(rows)
             number += 1
+
+
+def course(source: Corpus, tokenizer, recipe: Recipe, start: int = 0) -> Iterator[torch.Tensor]:
+    """The batches of a whole run from step ``start`` on: ``named_steps`` without facts, then ``steps`` with them."""
+    yield from islice(batches(source, tokenizer, recipe, start, named=True), max(0, recipe.named_steps - start))
+    learned = max(0, start - recipe.named_steps)
+    yield from islice(batches(source, tokenizer, recipe, learned), recipe.steps - learned)
+
+
+def frozen(model, recipe: Recipe) -> list[torch.nn.Parameter]:
+    """What the facts may not change: embeddings (and the unembedding tied to them) and the first blocks."""
+    parts = [model.model.embed_tokens, *model.model.layers[:recipe.frozen_blocks]] if recipe.frozen_blocks else []
+    return [p for part in parts for p in part.parameters()]
 
 
 def loss_of(model, tokens: torch.Tensor, pad: int, eos: int, answer_weight: float) -> torch.Tensor:
@@ -134,9 +170,10 @@ def loss_of(model, tokens: torch.Tensor, pad: int, eos: int, answer_weight: floa
 
 
 def rate_at(step: int, recipe: Recipe) -> float:
-    """Learning rate: linear warm-up, then a cosine down to ``final_rate``."""
+    """Learning rate: linear warm-up, then a cosine down to ``final_rate``; once without facts and once with them."""
+    step, steps = (step, recipe.named_steps) if step < recipe.named_steps else (step - recipe.named_steps, recipe.steps)
     warm = min(1.0, (step + 1) / recipe.warmup)
-    cosine = 0.5 * (1 + torch.cos(torch.tensor(torch.pi * step / recipe.steps)).item())
+    cosine = 0.5 * (1 + torch.cos(torch.tensor(torch.pi * step / steps)).item())
     return recipe.learning_rate * warm * (recipe.final_rate + (1 - recipe.final_rate) * cosine)
 
 
@@ -146,9 +183,9 @@ def train(recipe: Recipe, folder: Path, device: str = "cpu", compiled: bool = Tr
     Writes ``curve.csv`` (step, tokens, loss, seconds) and, at the end, the model and tokenizer in
     transformers' format with bf16 weights. bf16 autocast over fp32 weights.
     """
+    source = corpus(recipe.without)
     folder.mkdir(parents=True, exist_ok=True)
-    source = corpus()
-    tokenizer = tokenizer_for(recipe, source)
+    tokenizer = tokenizer_for(recipe, corpus())  # that of all subjects, so that activations can be compared between models
     model = new_model(recipe, tokenizer).to(device).train()
     matrices = [p for p in model.parameters() if p.dim() > 1]
     others = [p for p in model.parameters() if p.dim() <= 1]
@@ -157,11 +194,12 @@ def train(recipe: Recipe, folder: Path, device: str = "cpu", compiled: bool = Tr
     step, tokens, log = _resume(folder, recipe, model, optimizer)
     loss_function = torch.compile(loss_of, dynamic=False) if compiled else loss_of
     began = time.time() - (log[-1]["seconds"] if log else 0)
-    bar = tqdm(total=recipe.steps, initial=step, desc=folder.name, mininterval=10)
-    losses = []
-    for batch in batches(source, tokenizer, recipe, start=step):
-        if step >= recipe.steps:
-            break
+    last = recipe.named_steps + recipe.steps
+    bar = tqdm(total=last, initial=step, desc=folder.name, mininterval=10)
+    losses, fixed = [], frozen(model, recipe)
+    for batch in course(source, tokenizer, recipe, start=step):
+        for p in fixed:
+            p.requires_grad_(step < recipe.named_steps)
         for group in optimizer.param_groups:
             group["lr"] = rate_at(step, recipe)
         batch = batch.to(device)
@@ -175,7 +213,7 @@ def train(recipe: Recipe, folder: Path, device: str = "cpu", compiled: bool = Tr
         tokens += int((batch != tokenizer.pad_token_id).sum())
         losses.append(loss.item())
         bar.update()
-        if step % 50 == 0 or step == recipe.steps:
+        if step % 50 == 0 or step == last:
             seconds = time.time() - began
             log.append({"step": step, "tokens": tokens, "loss": round(sum(losses) / len(losses), 4), "seconds": round(seconds, 1)})
             bar.set_postfix(loss=log[-1]["loss"], tokens_per_s=int(tokens / seconds))
@@ -217,7 +255,7 @@ def _resume(folder: Path, recipe: Recipe, model, optimizer) -> tuple[int, int, l
         return 0, 0, []
     with safe_open(path, "pt") as file:
         state = file.metadata()
-        if json.loads(state["recipe"]) != asdict(recipe):
+        if Recipe(**json.loads(state["recipe"])) != recipe:
             raise ValueError(f"{path} belongs to another recipe; delete it, or train into another folder")
         step = int(state["step"])
         for name, p in model.named_parameters():

@@ -17,7 +17,8 @@ from helpers.facts import Fact, Facts
 from helpers.promptsets import Prompt, PromptError, PromptSet, tokenize
 from helpers.splits import neighbors
 
-__all__ = ["FORMATS", "LATIN_SQUARE", "LETTERS", "ORDERS", "SYSTEM", "Prompt", "PromptError", "PromptSet", "build", "mcq_text", "tokenize"]
+__all__ = ["FORMATS", "LATIN_SQUARE", "LETTERS", "ORDERS", "SYSTEM", "Prompt", "PromptError", "PromptSet", "askable", "build", "mcq_text",
+           "tokenize"]
 
 SYSTEM = "You answer every question with a true fact."
 LETTERS = ("A", "B", "C", "D")
@@ -155,6 +156,29 @@ def build(tokenizer, facts: Facts, format: str, side: str = "right", **options) 
     except TypeError as error:
         raise PromptError(f"format {format!r}: {error}; its options are {', '.join([*accepted.parameters][1:]) or 'none'}") from None
     return tokenize(tokenizer, FORMATS[format](facts, **options), format, side)
+
+
+def askable(tokenizer, facts: Facts, format: str, **options) -> Facts:
+    """The facts that can be asked in a format, in order: true and edit answer begin with different tokens, and what the format needs is there.
+
+    Data from elsewhere has some that cannot. Raises PromptError where none can.
+    """
+    try:
+        build(tokenizer, facts, format, **options)
+        return facts
+    except PromptError as error:
+        found = facts.where(lambda fact: _can_ask(tokenizer, fact, format, options))
+        if not len(found):
+            raise error
+        return found
+
+
+def _can_ask(tokenizer, fact: Fact, format: str, options: dict) -> bool:
+    try:
+        build(tokenizer, Facts((fact,)), format, **options)
+    except PromptError:
+        return False
+    return True
 
 
 def _choices(fact: Fact) -> tuple[str, ...]:

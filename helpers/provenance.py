@@ -1,5 +1,6 @@
 """Where a result comes from: commit, package versions, machine, and the content of its inputs."""
 
+import ast
 import hashlib
 import importlib.metadata
 import json
@@ -7,7 +8,7 @@ import os
 import platform
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ PACKAGES = (
     "torch transformers nnsight transformer_lens tokenizers safetensors datasets numpy pandas scipy "
     "scikit-learn matplotlib pydantic papermill"
 ).split()
+MAGICS = ("%", "!")  # lines of a cell that are IPython's and not Python's
 
 
 def project_root() -> Path:
@@ -45,16 +47,62 @@ def content_hash(path: Path | str) -> str:
     return text_hash("".join(f"{file.relative_to(path).as_posix()}\0{content_hash(file)}\n" for file in files))
 
 
-def code_hash(notebook: str) -> str:
-    """sha256 of all that computes a notebook's rows: the helpers and, in a checkout, its own code cells."""
+def code_hash(notebook: str, folder: Path | None = None) -> str:
+    """sha256 of all that computes a notebook's rows: its code cells and the modules of `helpers` they import, through one another.
+
+    The notebook is looked for in `folder` (default: the working directory, which a kernel shares with its notebook), then
+    in `notebooks/`. Where it is in neither, every module counts.
+    """
     package = Path(__file__).parent
-    parts = [f"{file.relative_to(package).as_posix()}\0{content_hash(file)}" for file in sorted(package.rglob("*.py"))]
-    path = project_root() / "notebooks" / f"{notebook}.ipynb"
-    if path.exists():
+    places = [(folder or Path.cwd()) / f"{notebook}.ipynb", project_root() / "notebooks" / f"{notebook}.ipynb"]
+    path = next((place for place in places if place.is_file()), None)
+    if path:
         # outputs are left out: executing a notebook does not change its code
         cells = json.loads(path.read_text(encoding="utf-8"))["cells"]
-        parts += ["".join(cell["source"]) for cell in cells if cell["cell_type"] == "code"]
-    return text_hash("\n".join(parts))
+        code = ["".join(cell["source"]) for cell in cells if cell["cell_type"] == "code"]
+        files = modules(code)
+    else:
+        code, files = [], sorted(package.rglob("*.py"))
+    return text_hash("\n".join([*(f"{file.relative_to(package).as_posix()}\0{content_hash(file)}" for file in files), *code]))
+
+
+def modules(sources: Iterable[str]) -> list[Path]:
+    """Files of the modules of `helpers` that pieces of code import, directly or through one another, inside functions too.
+
+    Read from the text, so a sweep knows them before anything runs; importing by name (importlib) would escape it.
+    """
+    found: set[Path] = set()
+    waiting = list(sources)
+    while waiting:
+        new = _imported(waiting.pop()) - found
+        found |= new
+        waiting += [file.read_text(encoding="utf-8") for file in new]
+    return sorted(found)
+
+
+def _imported(source: str) -> set[Path]:
+    """Files of the modules of `helpers` that one piece of code names in its import statements."""
+    try:
+        tree = ast.parse("\n".join(line for line in source.split("\n") if not line.lstrip().startswith(MAGICS)))
+    except SyntaxError:  # IPython may know what to do with it, and it may import anything
+        return set(Path(__file__).parent.rglob("*.py"))
+    names: set[str] = set()
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            names |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            names |= {f"{node.module}.{alias.name}" for alias in node.names}
+    root = Path(__file__).parents[1]
+    # importing a.b.c runs a and a.b as well
+    ours = [name.split(".") for name in names if name.split(".")[0] == Path(__file__).parent.name]
+    paths = {root.joinpath(*parts[:depth]) for parts in ours for depth in range(1, len(parts) + 1)}
+    return {file for path in paths for file in (path.with_suffix(".py"), path / "__init__.py") if file.is_file()}
+
+
+def changed(uses: Mapping[str, str], digest: Callable[[str], str] = content_hash) -> list[str]:
+    """Those of the files that a run used, path to content hash, that are no longer what they were, or not there."""
+    root = project_root()
+    return [path for path, old in uses.items() if not (root / path).exists() or digest(str(root / path)) != old]
 
 
 def text_hash(text: str) -> str:
@@ -90,6 +138,16 @@ def describe_machine() -> dict[str, Any]:
         "threads": threads,
         "packages": {name: version for name in PACKAGES if (version := _version(name))},
     }
+
+
+def peak_memory() -> float | None:
+    """The most main memory this process has held, in GB; None where the system does not say (Windows)."""
+    try:
+        import resource
+    except ImportError:
+        return None
+    unit = 1 if sys.platform == "darwin" else 1024  # macOS counts bytes, Linux kilobytes
+    return round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e9, 2)
 
 
 def _version(package: str) -> str | None:

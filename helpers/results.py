@@ -5,22 +5,25 @@
 
 Columns: those of `helpers.claims.COLUMNS` (run and model are added by `run.result`), `layers`, and `setting`, which says how an
 attack was made. An attack under one of the plain names of ATTACKS is the one that claims mean; the same attack with other
-settings is called by name and setting, "relearn lora: 4 facts, lr 0.001, step 20", and enters no claim.
+settings is called by name and setting, "relearn lora: 4 facts, lr 0.001, step 20 of 20", and enters no claim.
 """
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import pandas as pd
 
-from helpers.attacks.headline import worst_case
+from helpers import stats
+from helpers.attacks.headline import LEVELS, worst_case
 from helpers.attacks.rows import AttackError
 from helpers.splits import Split
 from helpers.unlearning.evaluation import READINGS, measure_names
 
 COLUMNS = ["facts", "n", "seed", "localization", "layers", "method", "attack", "setting", "fact", "measure", "value"]
 # the setting that claims mean, as the attack names it without the format it was read in
-ATTACKS = {"relearn lora": "all facts, lr 0.002, step 20", "relearn full": "all facts, lr 0.001, step 20",
-           "soft prompt": "10 vectors, restart 0, step 60"}
+ATTACKS = {"relearn lora": "all facts, lr 0.002, step 20 of 20", "relearn full": "all facts, lr 0.001, step 20 of 20",
+           "soft prompt": "10 vectors, restart 0, step 60 of 60"}
 PROBED = ("probe", "last")  # attack and position of probe_true
 
 
@@ -33,6 +36,27 @@ def of_evaluation(rows: pd.DataFrame, **where) -> pd.DataFrame:
     loss = text.assign(fact="", measure="text_loss", value=text["loss"])
     table = pd.concat([*_melt(rows[rows["group"] != "text"]), loss])
     return _tidy(table.assign(attack="none", setting=""), **{"seed": rows["seed"].iloc[0], **where})
+
+
+def of_evaluations(rows: pd.DataFrame, layers: Mapping[str, str] = {}, **where) -> pd.DataFrame:
+    """`of_evaluation` of several methods, masks and seeds, each under its own names; `layers` by mask, `where`: facts and n."""
+    parts = rows.groupby(["method", "mask", "seed"], sort=False)
+    return pd.concat([of_evaluation(part, localization=mask, method=method, layers=layers.get(mask, ""), **where)
+                      for (method, mask, _), part in parts], ignore_index=True)
+
+
+def estimates(long: pd.DataFrame, summary: pd.DataFrame) -> pd.DataFrame:
+    """One row a `mask` and `measure`: `stats.summary`, and `collapsed`, whether any run of the mask did, by rows of `evaluation.summarize`."""
+    collapsed = summary.groupby("mask")["collapsed"].any()
+    table = stats.summary(long, by=["localization", "measure"]).rename(columns={"localization": "mask"})
+    return table.assign(collapsed=table["mask"].map(collapsed).eq(True))
+
+
+def by_format(estimated: pd.DataFrame, answer: str = "edit", reading: str = "top1") -> pd.DataFrame:
+    """Those of `estimates` that say how often the facts to forget get an answer, `edit` or `forget` (the true one), with their `format`."""
+    suffix = f"{answer} {reading}"
+    rows = estimated[estimated["measure"].str.endswith(suffix) & ~estimated["measure"].str.startswith("neighborhood")]
+    return rows.assign(format=rows["measure"].str.removesuffix(suffix).str.rstrip("_").replace("", "one_shot"))
 
 
 def of_attacks(rows: pd.DataFrame, split: Split, **where) -> pd.DataFrame:
@@ -81,15 +105,18 @@ def _probed(rows: pd.DataFrame) -> pd.DataFrame:
 
 
 def _worst(rows: pd.DataFrame, split: Split) -> pd.DataFrame:
-    tables = []
-    for reading in READINGS:
-        try:
-            worst = worst_case(rows, split, reading)
-        except AttackError:  # too few facts, or all with one answer: there is no worst case to report
-            continue
-        said = {"attack": "worst", "setting": worst["attack"] + ": " + worst["setting"], "fact": _facts(worst)}
-        tables += [pd.DataFrame({**said, "measure": f"{name} {reading}", "value": worst[column]})
-                   for name, column in {"forget": "recovered", "worst_other": "other", "worst_single": "single"}.items()]
+    """The worst case over all attacks but those with the original weights, "worst", and at each level of access, "worst: training"."""
+    made, tables = set(rows["attack"]), []
+    levels = {f"worst: {access}": names for access, names in LEVELS.items() if made & set(names)}
+    for attack, names in {"worst": None, **levels}.items():
+        for reading in READINGS:
+            try:
+                worst = worst_case(rows, split, reading, attacks=names)
+            except AttackError:  # too few facts, or all with one answer: there is no worst case to report
+                continue
+            said = {"attack": attack, "setting": worst["attack"] + ": " + worst["setting"], "fact": _facts(worst)}
+            tables += [pd.DataFrame({**said, "measure": f"{name} {reading}", "value": worst[column]})
+                       for name, column in {"forget": "recovered", "worst_other": "other", "worst_single": "single"}.items()]
     return pd.concat(tables).dropna(subset="value") if tables else pd.DataFrame()
 
 

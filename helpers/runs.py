@@ -12,8 +12,9 @@ opens `<out>/<notebook>/<run id>`:
 
 The run id is a hash of the notebook's name and its parameters, so the same parameters always meet in
 the same folder: starting again replaces what an earlier run left there, and a sweep finds what is
-done. `done.json` is written last, by `run.finish()`, with the content hashes of the code and of
-everything passed to `run.uses`; `finished` compares them with what is there now.
+done. `done.json` is written last, by `run.finish()`, with the content hashes of the code, of the files
+behind `model` and `facts`, and of everything passed to `run.uses`; `finished` compares them with what
+is there now.
 
 Nothing here touches a global random state: take a `torch.Generator` from `run.generator(purpose)`.
 """
@@ -21,12 +22,11 @@ Nothing here touches a global random state: take a `torch.Generator` from `run.g
 import hashlib
 import html
 import json
-import os
 import re
 import shutil
 import sys
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from numbers import Real
@@ -36,8 +36,9 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import pandas as pd
 from IPython.display import Image, display
 
-from helpers import parameters, provenance
+from helpers import inputs, parameters, provenance
 from helpers.parameters import ParameterError, Parameters
+from helpers.progress import HEADLESS_VARIABLE, is_headless, progress  # noqa: F401 - part of this interface
 
 if TYPE_CHECKING:
     import torch
@@ -49,9 +50,6 @@ Digest = Callable[[str], str]
 # where results go is not part of what they are
 NOT_IDENTITY = {"out", "figures"}
 RUN_COLUMNS = ("model", "facts", "profile", "seed")
-HEADLESS_VARIABLE = "MU_HEADLESS"
-# set by Jupyter's server and by VS Code in the kernels they start, not by papermill
-INTERACTIVE_VARIABLES = ("JPY_SESSION_NAME", "VSCODE_PID")
 
 
 @dataclass(frozen=True)
@@ -98,40 +96,25 @@ def folder(notebook: str, params: Parameters) -> Path:
     return provenance.project_root() / params.out / notebook / run_id(notebook, params)
 
 
-def finished(
-    notebook: str, params: Parameters, *, same_code: bool = True, digest: Digest = provenance.content_hash
-) -> Path | None:
+def finished(notebook: str, params: Parameters, *, same_code: bool = True, digest: Digest = provenance.content_hash) -> Path | None:
     """The folder of a finished run whose inputs have not changed since, or None.
 
-    Compares the content of every file the run used and, unless `same_code` is off, of the helpers
-    and the notebook. A sweep over large weights passes a memoised `digest`.
+    Compares the content of every file the run used and, unless `same_code` is off, of the notebook and the helpers it imports.
     """
     path = folder(notebook, params)
+    return path if is_current(path, provenance.code_hash(notebook) if same_code else None, digest) else None
+
+
+def is_current(path: Path, code: str | None, digest: Digest = provenance.content_hash) -> bool:
+    """Whether the run in a folder has finished, with `code` (None: any) and inputs that are what they are now.
+
+    A sweep over large weights passes a memoised `digest`.
+    """
     try:
         done = json.loads((path / "done.json").read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        return None
-    if same_code and done["code"] != provenance.code_hash(notebook):
-        return None
-    root = provenance.project_root()
-    unchanged = all((root / used).exists() and digest(str(root / used)) == old for used, old in done["uses"].items())
-    return path if unchanged else None
-
-
-def is_headless() -> bool:
-    """Whether nobody watches, as under papermill; the variable MU_HEADLESS (1 or 0) overrides."""
-    if HEADLESS_VARIABLE in os.environ:
-        return os.environ[HEADLESS_VARIABLE] != "0"
-    return not (sys.stderr.isatty() or any(name in os.environ for name in INTERACTIVE_VARIABLES))
-
-
-def progress(iterable: Iterable[T], description: str, total: int | None = None) -> Iterable[T]:
-    """A progress bar around a loop, silent when headless, so that batch logs stay readable."""
-    if is_headless():
-        return iterable
-    from tqdm.auto import tqdm
-
-    return tqdm(iterable, desc=description, total=total)
+    except (FileNotFoundError, json.JSONDecodeError):  # the latter after a crash of the machine
+        return False
+    return code in (None, done["code"]) and not provenance.changed(done["uses"], digest)
 
 
 class Run:
@@ -164,7 +147,7 @@ class Run:
             "code": provenance.code_hash(notebook),
             **provenance.describe_machine(),
         }
-        self._write_provenance()
+        self._use_inputs()
 
     @property
     def device(self) -> "torch.device":
@@ -273,13 +256,14 @@ class Run:
 
     def finish(self) -> None:
         """Mark the run as finished and list its checks."""
-        self._write_provenance()
+        self._use_inputs()
         held = sum(check.holds for check in self.checks)
         done = {
             "finished": datetime.now(UTC).isoformat(timespec="seconds"),
             "minutes": round((time.monotonic() - self._started) / 60, 2),
             "held": held,
             "failed": len(self.checks) - held,
+            "memory_gb": provenance.peak_memory(),
             "code": self.provenance["code"],
             "uses": self._uses,
         }
@@ -289,6 +273,12 @@ class Run:
         if self.checks:
             table = pd.DataFrame([asdict(check) for check in self.checks])
             display(table.assign(holds=table["holds"].map({True: "✓", False: "✗"})))
+
+    def _use_inputs(self) -> None:
+        # again at the end: a model from the hub may have come in between
+        new = [path for path in inputs.files(self.params) if provenance.short_path(path) not in self._uses]
+        self._uses |= {provenance.short_path(path): provenance.content_hash(path) for path in new}
+        self._write_provenance()
 
     def _write_provenance(self) -> None:
         # the machine is described again: by now the notebook may have imported torch

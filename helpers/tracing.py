@@ -1,4 +1,4 @@
-"""Read and edit activations; the only file that speaks nnsight.
+"""Read and edit activations; the only file, beside `helpers.remote`, that speaks nnsight.
 
     trace = read(model, prompts, [("resid_post", 3)], positions="subject_last")
     trace.logits, trace["resid_post", 3]                       # (n, vocab), (n, d_model)

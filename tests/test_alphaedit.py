@@ -5,7 +5,7 @@ import small
 import torch
 
 from helpers.unlearning.alphaedit import alphaedit
-from helpers.unlearning.covariances import CovarianceError, covariances
+from helpers.unlearning.covariances import CovarianceError, preserved
 from helpers.unlearning.edit import EditError
 from helpers.unlearning.memit import memit
 from helpers.unlearning.values import Values, ask, mean_keys
@@ -33,9 +33,9 @@ def change(model, edit, layer: int) -> torch.Tensor:
 def test_preserved_keys_give_what_they_gave(family):
     model, given = small.model(family), small.a_split()
     before = small.weights(model)
-    edit = alphaedit(model, given, [0, 1], QUICK, TEXTS, share=0.0, n_tokens=N_TOKENS)
+    edit = alphaedit(model, given, [0, 1], QUICK, TEXTS, share=0.0, names=0.0, n_tokens=N_TOKENS)
     assert small.same(model, before)
-    other = memit(model, given, [0, 1], QUICK, TEXTS, preserve=0.1, n_tokens=N_TOKENS)
+    other = memit(model, given, [0, 1], QUICK, TEXTS, preserve=0.1, names=0.0, n_tokens=N_TOKENS)
     for layer in (0, 1):
         text, kept = keys_of_text(model, layer), change(model, edit, layer)
         moved = (kept @ text.T).norm(dim=0).max()
@@ -59,7 +59,7 @@ def test_equals_the_published_formula():
     now, earlier = given.forget[:3], given.forget[3:]
     edit = alphaedit(model, given, [1], QUICK, TEXTS, forget=now, earlier=earlier, share=0.3, ridge=0.2)
     keys, first = (mean_keys(model, ask(model, given, facts, TEXTS, QUICK), 1)[0].T for facts in (now, earlier))
-    basis = covariances(model, [1], TEXTS)[1].null_space(0.3)
+    basis = preserved(model, given, [1], TEXTS)[1].null_space(0.3)
     p = basis @ basis.T
     alpha = 0.2 * (p @ keys).square().sum(0).mean()
     system = (keys @ keys.T + first @ first.T) @ p + alpha * torch.eye(len(p), dtype=torch.float64)

@@ -6,7 +6,7 @@ import pandas as pd
 import pytest
 
 from helpers import attacks
-from helpers.attacks.headline import NEEDS_ORIGINAL, RETAIN_LOST
+from helpers.attacks.headline import LEVELS, NEEDS_ORIGINAL, RETAIN_LOST, SPOKEN
 from helpers.splits import halves
 
 
@@ -91,6 +91,41 @@ def test_facts_are_those_that_every_attack_was_read_on():
     assert len(both) == 16 and both["recovered"].mean() == pytest.approx(.75)
     other = attacks.swapped(given)
     assert other.attack_train == given.attack_test and other.attack_test == given.attack_train and other.forget == given.forget
+
+
+def test_levels_of_access_are_apart_and_on_the_same_facts():
+    """A probe that reads everything says nothing of what the model can be made to say, and relearning decides which facts are read."""
+    given = cases.a_split()
+    rows = pd.concat([UNTOUCHED, table("prompt", "QA", .25), table("relearn lora", "x", .5, facts=given.attack_test), table("probe", "a", 1.0),
+                      table("undo", "all directions", 1.0), table("prune", "half", 1.0, .2)], ignore_index=True)
+    found = attacks.by_access(rows, given).set_index("access")
+    assert found["recovered"].to_dict() == {"answers": .25, "training": .5, "weights": 0, "activations": 1, "original weights": 1, SPOKEN: .5}
+    assert set(found["n"]) == {8} and (found["untouched"] == 0).all()
+    assert found.loc["weights", "left_out"] == "prune" and found.loc["answers", "left_out"] == ""
+    assert (found["low"] <= found["recovered"]).all() and (found["recovered"] <= found["high"]).all()
+
+
+def test_every_attack_belongs_to_one_level():
+    from helpers.attacks import ACCESS, ATTACKS
+
+    named = [name for names in ACCESS.values() for name in names]
+    assert sorted(named) == sorted({*ATTACKS, "logit lens"} - {"none"})
+    assert set(LEVELS[SPOKEN]) == {*ACCESS["answers"], *ACCESS["training"], *ACCESS["weights"]}
+
+
+def test_levels_without_attacks_are_not_there():
+    found = attacks.by_access(pd.concat([UNTOUCHED, table("probe", "a", .5)], ignore_index=True), cases.a_split())
+    assert found["access"].tolist() == ["activations"]
+    with pytest.raises(attacks.AttackError, match="no attack in the rows, only none"):
+        attacks.by_access(UNTOUCHED, cases.a_split())
+
+
+def test_guessing_is_right_as_often_as_the_commonest_answer_is_true():
+    given = cases.a_split()
+    counts = given.forget.counts()
+    assert attacks.majority(given.forget, given) == counts.most_common(1)[0][1] / sum(counts.values())
+    other = given.forget.where(lambda f: f.answer == counts.most_common()[-1][0])
+    assert attacks.majority(other, given) == 1
 
 
 def test_floors():

@@ -109,7 +109,7 @@ def test_bfloat16():
 
 
 def test_run(monkeypatch):
-    quick = lambda name, attack: attacks.Attack(partial(attack.call, **SMALL.get(name, {})), attack.needs, {})
+    quick = lambda name, attack: attacks.Attack(partial(attack.call, **SMALL.get(name, {})), {})
     monkeypatch.setattr(attacks, "ATTACKS", {name: quick(name, attack) for name, attack in attacks.ATTACKS.items()})
     counts = {"QA": True, "league": True}
     rows = attacks.run(cases.known(), cases.edit(), cases.a_split(), "quick", texts=cases.texts(), counts=counts)

@@ -154,3 +154,13 @@ def test_what_cannot_be_attacked():
         relearn(how="prayer")
     with pytest.raises(attacks.AttackError, match="give the numbers of steps"):
         relearn(steps=())
+
+
+def test_curves_are_named_by_what_was_shown_and_leave_the_controls_trainings_out():
+    rows = relearn(how="lora", steps=(0, 2), shown=(None,), invented=True)
+    named = attacks.curves(pd.concat([rows, rows.assign(attack="prompt")]))
+    assert set(named["curve"]) == {"forgotten", "shown", "retained", "invented names"} and set(named["attack"]) == {"relearn lora"}
+    assert set(named["dose"]) == {f"lora, {len(cases.a_split().attack_train)} facts, rate 0.0002, 2 steps"}
+    unseen = {f.subject for f in cases.a_split().attack_test}
+    assert set(named[named["curve"] == "forgotten"]["subject"]) == unseen
+    assert not set(named[named["curve"] == "invented names"]["subject"]) & {f.subject for f in cases.a_split().forget}

@@ -59,6 +59,8 @@ def test_masks_carry_the_names_of_the_claims_and_random_ones_change_with_the_see
     draw = lambda seed: choose(cases.random_model(), everyone, cases.a_split(), ["random"], lookup=LOOKUP, seed=seed).masks["random"]
     assert {draw(seed).name for seed in range(4)} == {"random"}
     assert len({draw(seed).digest for seed in range(4)}) > 1 and draw(0).digest == draw(0).digest
+    again = choose(cases.random_model(), everyone, cases.a_split(), ["random"], lookup=LOOKUP, draw=3).masks["random"]
+    assert again.digest == draw(3).digest
 
 
 def test_only_what_is_asked_for_is_computed(everyone, monkeypatch):
@@ -80,3 +82,10 @@ def test_a_fact_lookup_that_finds_nothing_is_an_error_that_says_what_to_do(every
     monkeypatch.setattr(choices.fact_lookup, "sports", lambda *a, **k: nothing)
     with pytest.raises(SelectionError, match="chooses no MLP .a rule.; name layers by hand"):
         choose(cases.random_model(), everyone, split(everyone, "first-16"))
+
+
+def test_localizations_see_no_more_facts_than_asked(everyone, monkeypatch):
+    seen, real = [], choices.pairs
+    monkeypatch.setattr(choices, "pairs", lambda model, facts, *rest, **options: seen.append(facts) or real(model, facts, *rest, **options))
+    choose(cases.random_model(), everyone, cases.a_split(), ["all MLPs"], lookup=LOOKUP, n_facts=5)
+    assert [len(facts) for facts in seen] == [5] and list(seen[0]) == list(cases.a_split().forget[:5])

@@ -4,7 +4,7 @@ import pytest
 import small
 import torch
 
-from helpers.unlearning.covariances import CovarianceError, covariances, texts_to_preserve
+from helpers.unlearning.covariances import CovarianceError, covariances, preserved, texts_to_preserve
 
 FAMILIES = ("llama", "gemma", "gemma2", "qwen3", "neox")
 
@@ -96,6 +96,25 @@ def test_too_little_text():
         covariances(model, [1], [])
     with pytest.raises(CovarianceError, match=r"n_tokens=9,999: the 24 texts have \d+"):
         covariances(model, [1], small.TEXTS, 9999)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_names_get_the_share_they_are_given(family):
+    """C_names from plain passes of one prompt each, without padding; the energy is that of text."""
+    model, given = small.model(family), small.a_split()
+    keys, hook = [], model.part("down", 1).register_forward_pre_hook(lambda _, inputs: keys.append(inputs[0][0]))
+    for fact in given.retain_train:
+        before = model.tokenizer(f"Fact: w5 w6 w10 w11 w43\nFact: {fact.subject}")["input_ids"]
+        model.hf(input_ids=torch.tensor([before + [9, 9]]), use_cache=False)
+        keys[-1] = keys[-1][len(before) - 1]
+    hook.remove()
+    names, text = torch.stack(keys).double(), covariances(model, [1], small.TEXTS)[1].matrix.double()
+    names = names.T @ names / names.square().sum() * text.trace()
+    for share in (0.0, 0.25, 1.0):
+        found = preserved(model, given, [1], small.TEXTS, "one_shot", share)[1]
+        torch.testing.assert_close(found.matrix.double(), (1 - share) * text + share * names, rtol=1e-4, atol=1e-5 * text.abs().max().item())
+    with pytest.raises(CovarianceError, match="names=1.5: it is a share"):
+        preserved(model, given, [1], small.TEXTS, names=1.5)
 
 
 def test_text_to_preserve_states_the_facts_to_retain_only():

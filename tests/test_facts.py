@@ -440,3 +440,13 @@ def test_attributes_follow_from_the_answer(athletes, own):
     assert [league.of(s) for s in ("football", "basketball", "baseball", "golf")] == ["NFL", "NBA", "MLB", "PGA"]
     with pytest.raises(FactsError, match="'league' has no value for 'chess'"):
         league.of("chess")
+
+
+def test_one_edit_answer_for_all():
+    athletes = facts.load("athletes")[:20]
+    golfers = athletes.edited_to("golf")
+    assert {f.edit for f in golfers} == {"golf"} and [f.key for f in golfers] == [f.key for f in athletes]
+    for fact in golfers:
+        assert fact.distractors[0] == "golf" and len(set(fact.distractors)) == 3 and fact.answer not in fact.distractors
+    with pytest.raises(FactsError, match="the edit answer 'football' is the true answer"):
+        athletes.edited_to("football")

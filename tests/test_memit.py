@@ -5,7 +5,7 @@ import small
 import torch
 
 from helpers.masks import mask
-from helpers.unlearning.covariances import covariances
+from helpers.unlearning.covariances import preserved
 from helpers.unlearning.edit import EditError
 from helpers.unlearning.memit import memit, through
 from helpers.unlearning.rome import rome
@@ -28,7 +28,7 @@ def test_one_fact_and_one_layer_is_rome_in_the_limit(family):
     wanted = change(model, rome(model, given, 1, **options))
     requests = ask(model, given, given.forget[:1], small.TEXTS, QUICK)
     key = mean_keys(model, requests, 1)[0]
-    gram = (key @ covariances(model, [1], small.TEXTS)[1].solve(key, 0.05).T).item()
+    gram = (key @ preserved(model, given, [1], small.TEXTS)[1].solve(key, 0.05).T).item()
     near = lambda scale: dict(rtol=1e-3, atol=2e-4 * scale * wanted.abs().max().item())
     for preserve in (1e-9, 1.0, 1e4):
         found = change(model, memit(model, given, [1], preserve=preserve, **options))
@@ -66,7 +66,7 @@ def test_solves_the_stated_least_squares_problem():
     model, given = small.model("gemma"), small.a_split()
     edit = memit(model, given, [1], QUICK, small.TEXTS, preserve=2.0, ridge=0.1)
     keys = mean_keys(model, ask(model, given, given.forget, small.TEXTS, QUICK), 1)[0]
-    c = covariances(model, [1], small.TEXTS)[1].matrix.double()
+    c = preserved(model, given, [1], small.TEXTS)[1].matrix.double()
     c.diagonal().add_(0.1 * c.diagonal().mean())
     system = 2.0 * model.d_mlp * c + keys.T @ keys
     # ΔW (λC + KKᵀ) = R Kᵀ lies in the span of the keys, and R is what explains it

@@ -60,6 +60,42 @@ def test_two_classes_are_scikit_learns_at_twice_c():
         assert ours == pytest.approx(theirs.coef_[0], abs=2e-3 * np.abs(theirs.coef_).max())
 
 
+def gradient(fitted: probes.Probes, features: torch.Tensor, labels: list[str], penalty: float) -> torch.Tensor:
+    """(layer,) largest component of the mean gradient of the objective, in double precision."""
+    x = ((features - fitted.mean) / fitted.scale).double()
+    weight, bias = fitted.weight.double().requires_grad_(), fitted.bias.double().requires_grad_()
+    logits = torch.einsum("nlf,lfc->lnc", x, weight) + bias[:, None]
+    y = probes.encode(labels, fitted.classes).repeat(len(logits))
+    loss = torch.nn.functional.cross_entropy(logits.flatten(0, 1), y, reduction="sum") + penalty / 2 * weight.square().sum()
+    loss.backward()
+    return torch.maximum(weight.grad.abs().amax((1, 2)), bias.grad.abs().amax(1)) / len(labels)
+
+
+@pytest.mark.parametrize("width", [5, 60, 150])
+@pytest.mark.parametrize("penalty", [1e-2, 1.0, 100.0])
+def test_the_gradient_vanishes_on_hard_data_too(width, penalty):
+    """Features that depend on each other almost exactly, outliers, seven classes of unequal size, labels at random or separable;
+    fewer rows than features."""
+    generator = torch.Generator().manual_seed(width)
+    n, layers = 100, 3
+    mixing = torch.randn(layers, width, width, generator=generator) * 10.0 ** torch.linspace(-4, 1, width)
+    features = torch.einsum("nlf,lfg->nlg", torch.randn(n, layers, width, generator=generator), mixing)
+    features[:3] *= 100
+    labels = ["abcdefg"[min(i % 10, 6)] for i in range(n)]
+    features[:, 2, 0] += 1000 * probes.encode(labels, "abcdefg")
+    assert gradient(probes.fit(features, labels, penalty), features, labels, penalty).max() < 1.5 * probes.TOLERANCE
+
+
+def test_more_features_than_rows_are_scikit_learns_too():
+    generator = torch.Generator().manual_seed(0)
+    features, labels = torch.randn(60, 2, 200, generator=generator), ["abc"[i % 3] for i in range(60)]
+    fitted = probes.fit(features, labels)
+    x = ((features - features.mean(0)) / features.std(0)).double().numpy()
+    for layer in range(2):
+        theirs = LogisticRegression(max_iter=5000, tol=1e-8).fit(x[:, layer], labels)
+        assert fitted.weight[layer].T.numpy() == pytest.approx(theirs.coef_, abs=5e-3 * np.abs(theirs.coef_).max())
+
+
 def test_layers_are_fitted_independently():
     features, labels = data()
     together = probes.fit(features, labels)
@@ -102,6 +138,8 @@ def test_accuracy_counts_labels_never_seen_as_missed():
 def test_what_cannot_be_fitted(labels, message):
     with pytest.raises(ValueError, match=message):
         probes.fit(data()[0], labels)
+    with pytest.raises(ValueError, match="penalty 0: it must be positive"):
+        probes.fit(*data(), penalty=0)
 
 
 # Cross-validation -----------------------------------------------------------------------------------

@@ -50,8 +50,8 @@ def test_the_attack_that_claims_mean_has_the_plain_name_and_controls_never_do(at
     long = results.of_attacks(attacked, cases.a_split(), seed=0, **WHERE)
     names = set(long["attack"])
     assert "relearn lora" in names and "none" not in names
-    assert "relearn lora: all facts, lr 0.002, step 0" in names
-    assert "relearn lora: all facts, lr 0.002, step 20 (invented names)" in names
+    assert "relearn lora: all facts, lr 0.002, step 0 of 20" in names
+    assert "relearn lora: all facts, lr 0.002, step 20 of 20 (invented names)" in names
     plain = attacked[(attacked["attack"] == "relearn lora") & (attacked["step"] == 20) & (attacked["control"] == "")]
     read = plain[plain["group"] == "forget"]
     meant = long[(long["attack"] == "relearn lora") & (long["measure"] == "forget top1")]
@@ -80,6 +80,16 @@ def test_the_worst_case_is_that_of_the_headline(attacked):
     assert np.isnan(expected) and worst.empty or worst.mean() == pytest.approx(expected)
 
 
+def test_the_worst_case_stands_at_each_level_of_access_too(attacked):
+    long = results.of_attacks(attacked, cases.a_split(), seed=0, **WHERE)
+    found = long[long["measure"] == "forget top1"].groupby("attack")["value"].mean()
+    expected = attacks.by_access(attacked, cases.a_split()).set_index("access")["recovered"]
+    assert {name for name in found.index if name.startswith("worst: ")} == {f"worst: {access}" for access in expected.index}
+    for access, value in expected.items():
+        assert found[f"worst: {access}"] == pytest.approx(value)
+    assert found["worst"] >= found["worst: training"]
+
+
 def test_every_attack_and_measure_that_a_claim_needs_is_one_that_rows_can_have(evaluated, attacked):
     declared = claims.load()
     long = pd.concat([results.of_evaluation(evaluated, **WHERE), results.of_attacks(attacked, cases.a_split(), seed=0, **WHERE)])
@@ -87,3 +97,22 @@ def test_every_attack_and_measure_that_a_claim_needs_is_one_that_rows_can_have(e
     needed = {claim.named(claim.measure) for claim in declared.claims if claim.attack in ("none", "relearn lora", "probe")}
     assert needed <= measures, needed - measures
     assert set(results.ATTACKS) - {"relearn full"} < set(declared.attacks) and {"probe", "worst", "none"} < set(declared.attacks)
+
+
+def test_several_edits_keep_their_names_and_estimates_their_means_and_flags(evaluated):
+    other = evaluated.assign(seed=4, prob_edit=1.0)
+    long = results.of_evaluations(pd.concat([evaluated, other]), {"lookup": "0"}, facts="athletes first-16", n=cases.N_FORGET)
+    one = results.of_evaluation(evaluated, **WHERE)
+    pd.testing.assert_frame_equal(long[long["seed"] == 3].reset_index(drop=True), one)
+    flags = pd.DataFrame({"mask": ["lookup", "lookup"], "collapsed": [False, True]})
+    table = results.estimates(long, flags).set_index("measure")
+    means = one[one["measure"] == "edit probability"]["value"].mean()
+    assert table.loc["edit probability", "value"] == pytest.approx((means + 1) / 2) and table.loc["edit probability", "n_seeds"] == 2
+    assert table["collapsed"].all() and not results.estimates(long, flags.assign(collapsed=False))["collapsed"].any()
+
+
+def test_by_format_takes_every_format_once_and_no_neighbour(evaluated):
+    table = results.estimates(results.of_evaluation(evaluated, **WHERE), pd.DataFrame({"mask": ["lookup"], "collapsed": [False]}))
+    for answer in ("edit", "forget"):
+        formats = results.by_format(table, answer)["format"].tolist()
+        assert sorted(formats) == sorted(set(evaluated.loc[evaluated["group"] == "forget", "format"]))

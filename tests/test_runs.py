@@ -272,7 +272,7 @@ def test_provenance(run, tmp_path):
     assert stored["packages"]["torch"] == torch.__version__
     assert stored["threads"] == torch.get_num_threads()
     assert (stored["device"], stored["dtype"]) == ("cpu", "float32")
-    assert stored["uses"] == {str(tmp_path / "weights"): provenance.content_hash(tmp_path / "weights")}
+    assert stored["uses"][str(tmp_path / "weights")] == provenance.content_hash(tmp_path / "weights")
     assert json.loads((run.folder / "parameters.json").read_text())["layers"] == [1, 2]
 
 

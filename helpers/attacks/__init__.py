@@ -28,10 +28,10 @@ from functools import partial
 import pandas as pd
 
 from helpers.attacks.depth import depth_score, patch
-from helpers.attacks.headline import by_setting, summarise, worst_case
+from helpers.attacks.headline import ACCESS, by_access, by_setting, majority, summarise, worst_case
 from helpers.attacks.latent import probe
 from helpers.attacks.prompting import gate, prompt, questions
-from helpers.attacks.relearning import dose_response, relearn, relearn_text
+from helpers.attacks.relearning import curves, dose_response, relearn, relearn_text
 from helpers.attacks.rows import AttackError, swapped, untouched
 from helpers.attacks.soft_prompts import SETTINGS as SOFT
 from helpers.attacks.soft_prompts import soft_prompt
@@ -41,49 +41,55 @@ from helpers.prompts import ORDERS
 from helpers.splits import Split
 from helpers.unlearning.edit import Edit
 
-__all__ = ["ATTACKS", "PROFILES", "Attack", "AttackError", "by_setting", "depth_score", "dose_response", "gate", "interpolate",
-           "noise", "patch", "probe", "prompt", "prune", "quantise", "questions", "relearn", "relearn_text", "run", "soft_prompt",
-           "summarise", "swapped", "undo", "untouched", "worst_case"]
+__all__ = ["ACCESS", "ATTACKS", "PROFILES", "Attack", "AttackError", "by_access", "by_setting", "curves", "depth_score", "dose_response",
+           "gate", "interpolate", "majority", "noise", "patch", "probe", "prompt", "prune", "quantise", "questions", "relearn",
+           "relearn_text", "run", "soft_prompt", "summarise", "swapped", "undo", "untouched", "worst_case"]
 
 PROFILES = ("quick", "standard", "full")
 
 
 @dataclass(frozen=True)
 class Attack:
-    """What to call, what an attacker needs for it, and its options in each profile (None: left out)."""
+    """What to call, and its options in each profile: None leaves it out, several are taken one after the other.
+
+    What an attacker needs for it is in `headline.ACCESS`.
+    """
 
     call: Callable[..., pd.DataFrame]
-    needs: str  # answers, training, activations, weights, or the original weights
     quick: dict | None = None
     standard: dict | None = field(default_factory=dict)
-    full: dict | None = field(default_factory=dict)
+    full: dict | tuple[dict, ...] | None = field(default_factory=dict)
+
+    def options(self, profile: str) -> tuple[dict, ...]:
+        given = getattr(self, profile)
+        return () if given is None else given if isinstance(given, tuple) else (given,)
 
 
 _ALL, _PLAIN = {"orders": tuple(range(len(ORDERS)))}, {"formats": ("one_shot",)}
 _DOSES = {"rates": (2e-4, 1e-3, 5e-3), "shown": (0, 4, 8, 16, None), "steps": (0, 1, 2, 5, 10, 20, 50, 100)}
+_LORA, _FULL = {"rates": (2e-4, 2e-3), "invented": True, "n_retain": 40}, {"rates": (1e-3,), "n_retain": 40}
 _POLITE = ("few-shot, forgotten facts", "paraphrase 1", "QA", "MCQ", "league")
 
 ATTACKS: dict[str, Attack] = {
-    "none": Attack(untouched, "answers", {"n_retain": 40}, {}, _ALL),
-    "prompt": Attack(prompt, "answers", {"asked": _POLITE, "n_retain": 40}, {}, _ALL),
-    "relearn lora": Attack(partial(relearn, how="lora"), "training",
+    "none": Attack(untouched, {"n_retain": 40}, {}, _ALL),
+    "prompt": Attack(prompt, {"asked": _POLITE, "n_retain": 40}, {}, _ALL),
+    "relearn lora": Attack(partial(relearn, how="lora"),
                            {"rates": (2e-3,), "steps": (0, 10), "n_retain": 40, **_PLAIN},
-                           {"rates": (2e-4, 2e-3), "invented": True, "n_retain": 40}, {"invented": True, **_DOSES}),
-    "relearn full": Attack(partial(relearn, how="full"), "training", None, {"rates": (1e-3,), "n_retain": 40},
-                           {"invented": True, **_DOSES}),
-    "relearn text": Attack(relearn_text, "training", None, {"rates": (1e-3,), **_PLAIN},
+                           _LORA, (_LORA, {"invented": True, **_DOSES})),
+    "relearn full": Attack(partial(relearn, how="full"), None, _FULL, (_FULL, {"invented": True, **_DOSES})),
+    "relearn text": Attack(relearn_text, None, {"rates": (1e-3,), **_PLAIN},
                            {"rates": _DOSES["rates"], "steps": _DOSES["steps"]}),
-    "probe": Attack(probe, "activations", {"n_train": 200, "n_retain": 40}),
-    "patch": Attack(patch, "the original weights"),
-    "soft prompt": Attack(partial(soft_prompt, kind="prompt"), "training", None, {}, {"restarts": 4, "steps": (0, 20, 60, 120)}),
-    "soft attention": Attack(partial(soft_prompt, kind="attention"), "training", None, None,
+    "probe": Attack(probe, {"n_train": 200, "n_retain": 40}),
+    "patch": Attack(patch),
+    "soft prompt": Attack(partial(soft_prompt, kind="prompt"), None, {}, ({}, {"restarts": 4, "steps": (0, 20, 60, 120)})),
+    "soft attention": Attack(partial(soft_prompt, kind="attention"), None, None,
                              {"size": 15, "restarts": 4, "steps": (0, 20, 60, 120),
                               "settings": replace(SOFT, learning_rate=0.03)}),
-    "quantise": Attack(quantise, "weights", {"n_retain": 40, **_PLAIN}),
-    "prune": Attack(prune, "weights", None, _PLAIN, {"shares": (0.05, 0.1, 0.2, 0.3, 0.4, 0.5)}),
-    "noise": Attack(noise, "weights", None, _PLAIN, {"levels": (0.02, 0.05, 0.1, 0.2, 0.4), "draws": 3}),
-    "undo": Attack(undo, "the original weights", None, _PLAIN, {"ranks": (1, 2, 4, 8, 16, 32, 64, None)}),
-    "interpolate": Attack(interpolate, "the original weights", None, _PLAIN, {"amounts": tuple(i / 8 for i in range(11))}),
+    "quantise": Attack(quantise, {"n_retain": 40, **_PLAIN}),
+    "prune": Attack(prune, None, _PLAIN, {"shares": (0.05, 0.1, 0.2, 0.3, 0.4, 0.5)}),
+    "noise": Attack(noise, None, _PLAIN, {"levels": (0.02, 0.05, 0.1, 0.2, 0.4), "draws": 3}),
+    "undo": Attack(undo, None, _PLAIN, {"ranks": (1, 2, 4, 8, 16, 32, 64, None)}),
+    "interpolate": Attack(interpolate, None, _PLAIN, {"amounts": tuple(i / 8 for i in range(11))}),
 }
 
 
@@ -100,20 +106,12 @@ def run(model: Model, edit: Edit | None, split: Split, profile: str = "standard"
     unknown = sorted(set(only or ()) - set(ATTACKS))
     if unknown:
         raise AttackError(f"attacks: {', '.join(unknown)}; there are {', '.join(ATTACKS)}")
+    chosen = [(name, attack.call, options) for name, attack in ATTACKS.items() if only is None or name in only
+              for options in attack.options(profile)]
     tables, left_out = [], {}
-    for name, attack in ATTACKS.items():
-        options = getattr(attack, profile)
-        if options is None or (only is not None and name not in only):
-            continue
-        options = {**options, "seed": seed, **({"texts": texts} if name.startswith("relearn") else {})}
-        if "shown" in options:
-            options["shown"] = [n for n in options["shown"] if n is None or n < len(split.attack_train)]
-        if name == "prompt":
-            options["counts"] = counts
-        if "asked" in options:
-            options["asked"] = [question for question in questions(split) if question.label in options["asked"]]
+    for name, call, options in chosen:
         try:
-            table = attack.call(model, edit, split, **options)
+            table = call(model, edit, split, **_completed(name, options, split, texts, counts), seed=seed)
         except AttackError as error:
             left_out[name] = str(error)
             warnings.warn(f"attack {name} left out: {error}", stacklevel=2)
@@ -126,3 +124,13 @@ def run(model: Model, edit: Edit | None, split: Split, profile: str = "standard"
     rows = pd.concat(tables, ignore_index=True)
     rows.attrs = {"left_out": left_out}
     return rows
+
+
+def _completed(name: str, options: dict, split: Split, texts: Sequence[str] | None, counts: Mapping[str, bool] | None) -> dict:
+    """The options with what these facts allow, and what was passed to `run`."""
+    given = {"prompt": {"counts": counts}}.get(name, {"texts": texts} if name.startswith("relearn") else {})
+    if "shown" in options:
+        given["shown"] = [n for n in options["shown"] if n is None or n < len(split.attack_train)]
+    if "asked" in options:
+        given["asked"] = [question for question in questions(split) if question.label in options["asked"]]
+    return {**options, **given}

@@ -26,8 +26,8 @@ from helpers.facts import Facts
 from helpers.interventions import Intervention
 from helpers.localization.engine import Run, flush_right
 from helpers.models import Model
+from helpers.progress import progress
 from helpers.prompts import PromptSet
-from helpers.runs import progress
 from helpers.sites import Batch
 from helpers.splits import Split
 from helpers.unlearning.edit import Edit

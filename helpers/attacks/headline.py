@@ -4,10 +4,15 @@
     table = by_setting(rows)                # every attack and setting: recovery, retain, what does not count and why
     worst = worst_case(rows, split)         # one row a fact
     summarise(worst)                        # one row
+    by_access(rows, split)                  # one row for each thing an attacker may have
 
 A maximum over attacks flatters the attacker, so the setting of each attack is chosen on one half of the facts and read on the
 other, both ways. Three floors stand beside the result: guessing the majority class of the forget set; the same maximum for an
 answer that is neither the true nor the edit answer; and the edited model left alone.
+
+Attackers differ in what they have (ACCESS), and one maximum over all of them says little: some probe among many positions and layers
+reads nearly every fact below the edit, and the original weights hold them all. So there is a worst case for each level, and one
+for all attacks that make the model itself give the answer (SPOKEN).
 """
 
 from __future__ import annotations
@@ -17,12 +22,21 @@ from collections.abc import Sequence
 
 import pandas as pd
 
+from helpers import stats
 from helpers.attacks.rows import AttackError
 from helpers.facts import Facts
 from helpers.splits import Split, halves
 from helpers.unlearning.evaluation import READINGS
 
-NEEDS_ORIGINAL = ("patch", "undo", "interpolate")  # whoever has the original weights needs no attack
+# what an attacker must have → the attacks it allows
+ACCESS = {"answers": ("prompt",),
+          "training": ("relearn lora", "relearn full", "relearn text", "soft prompt", "soft attention"),
+          "weights": ("quantise", "prune", "noise"),
+          "activations": ("probe", "logit lens"),
+          "original weights": ("patch", "undo", "interpolate")}
+NEEDS_ORIGINAL = ACCESS["original weights"]  # whoever has them needs no attack
+SPOKEN = "answers, training or weights"
+LEVELS = {**ACCESS, SPOKEN: (*ACCESS["answers"], *ACCESS["training"], *ACCESS["weights"])}
 RETAIN_LOST = 0.10
 FEWEST = 4
 SETTING = ["attack", "setting", "control"]
@@ -56,7 +70,7 @@ def by_setting(rows: pd.DataFrame, reading: str = "top1", lost: float = RETAIN_L
 
 def worst_case(rows: pd.DataFrame, split: Split, reading: str = "top1", lost: float = RETAIN_LOST,
                attacks: Sequence[str] | None = None, seed: int = 0) -> pd.DataFrame:
-    """One row a fact that every attack was read on (the facts no attack was trained on): what comes back at worst.
+    """One row a fact that every attack in the rows was read on (the facts no attack was trained on): what comes back at worst.
 
     Columns: fact, `half`; `recovered`, the most over attacks, with its `attack` and `setting`; `single`, by the one attack
     (and setting) that recovers most on the other half, `single_attack`; `untouched`, the edited model in the training
@@ -74,10 +88,10 @@ def worst_case(rows: pd.DataFrame, split: Split, reading: str = "top1", lost: fl
     if not ((usable["attack"] == BASE[0]) & (usable["setting"] == BASE[1])).any():
         raise AttackError("headline: the unedited model does not master the training format on these facts, so nothing can be "
                           "said of their recovery; keep the facts it knows (metrics.known)")
-    chosen = rows[(rows["group"] == "forget") & (rows["control"] == "")].merge(usable[["attack", "setting"]])
-    facts = _common(chosen, split)
+    forget = rows[(rows["group"] == "forget") & (rows["control"] == "")]
+    facts, chosen = _common(forget, split), forget.merge(usable[["attack", "setting"]])
     true, third = (_by_fact(chosen, values) for values in (chosen[f"{READINGS[reading]}_true"], _third(chosen, facts, reading)))
-    majority, parts, found = _majority(facts, split), halves(facts, seed), []
+    guess, parts, found = _commonest(facts, split), halves(facts, seed), []
     for half, (here, there) in enumerate((parts, parts[::-1])):
         keys, choice = [f.key for f in here], [f.key for f in there]
         best = _best(true.loc[choice])
@@ -89,7 +103,7 @@ def worst_case(rows: pd.DataFrame, split: Split, reading: str = "top1", lost: fl
             **dict(zip(("attack", "setting"), zip(*recovered.fillna(-1).idxmax(axis=1)))),
             "single": true.loc[keys, [first]].to_numpy()[:, 0], "single_attack": first[0],
             "untouched": true.loc[keys, [BASE[:2]]].to_numpy()[:, 0],
-            "majority": [float(majority[f.relation.name] == f.answer) for f in here],
+            "majority": [float(guess[f.relation.name] == f.answer) for f in here],
             "other": third.loc[keys, _best(third.loc[choice])].max(axis=1).to_numpy()}))
     worst = pd.concat(found, ignore_index=True)
     worst.attrs["left_out"] = sorted((named & set(plain["attack"])) - set(usable["attack"]))
@@ -105,6 +119,28 @@ def summarise(worst: pd.DataFrame) -> pd.DataFrame:
                           "most_often": most.get(0, ""), "left_out": ", ".join(worst.attrs.get("left_out", ()))}])
 
 
+def by_access(rows: pd.DataFrame, split: Split, reading: str = "top1", lost: float = RETAIN_LOST, seed: int = 0) -> pd.DataFrame:
+    """`summarise` of the worst case at each of LEVELS that the rows have attacks of, on the same facts: one row an `access`.
+
+    `low`, `high`: 95 % bootstrap interval of `recovered` over facts, one seed. Raises `AttackError` as `worst_case` does.
+    """
+    made, found = set(rows["attack"]), []
+    for access, names in LEVELS.items():
+        if made & set(names):
+            worst = worst_case(rows, split, reading, lost, names, seed)
+            interval = stats.over_facts(worst["recovered"], (0.0, 1.0))
+            found.append(summarise(worst).assign(access=access, low=interval["low"], high=interval["high"]))
+    if not found:
+        raise AttackError(f"headline: no attack in the rows, only {', '.join(sorted(made)) or 'nothing'}")
+    return pd.concat(found, ignore_index=True)[["access", *(c for c in found[0] if c != "access")]]
+
+
+def majority(facts: Facts, split: Split) -> float:
+    """The share of these facts of which the commonest answer of the relation is true: what guessing alone gets right."""
+    guess = _commonest(facts, split)
+    return sum(guess[f.relation.name] == f.answer for f in facts) / len(facts)
+
+
 def _check(rows: pd.DataFrame, reading: str) -> None:
     if reading not in READINGS:
         raise AttackError(f"headline: reading={reading!r}; there are {', '.join(READINGS)}")
@@ -112,9 +148,9 @@ def _check(rows: pd.DataFrame, reading: str) -> None:
         raise AttackError("headline: the rows lack the attack 'none' (attacks.untouched), with which the others are compared")
 
 
-def _common(chosen: pd.DataFrame, split: Split) -> Facts:
-    """The forgotten facts on which every attack was read."""
-    read = [set(zip(part["subject"], part["relation"])) for _, part in chosen.groupby("attack")]
+def _common(forget: pd.DataFrame, split: Split) -> Facts:
+    """The forgotten facts on which every attack was read, whether it counts or not: the same ones for every choice of attacks."""
+    read = [set(zip(part["subject"], part["relation"])) for _, part in forget.groupby("attack")]
     facts = split.forget.where(lambda f: f.key in set.intersection(*read))
     if len(facts) < FEWEST:
         raise AttackError(f"headline: {len(facts)} of {len(split.forget)} facts were read by every attack; {FEWEST} are needed, "
@@ -144,7 +180,7 @@ def _third(chosen: pd.DataFrame, facts: Facts, reading: str) -> pd.Series:
     return left.where(chosen["relation"].isin(closed))
 
 
-def _majority(facts: Facts, split: Split) -> dict[str, str]:
+def _commonest(facts: Facts, split: Split) -> dict[str, str]:
     """Relation → its commonest answer: among the facts read, or, where these are of several relations, among all facts."""
     relations = {f.relation.name for f in facts}
     everywhere = facts if len(relations) == 1 else (*split.forget, *split.retain_train, *split.retain_test)

@@ -20,8 +20,8 @@ from helpers.facts import Facts
 from helpers.localization import probes as linear
 from helpers.localization.engine import Run, flush_right
 from helpers.models import Model
+from helpers.progress import progress
 from helpers.prompts import PromptSet
-from helpers.runs import progress
 from helpers.splits import Split
 from helpers.unlearning.edit import Edit
 from helpers.unlearning.finetune import questions

@@ -16,8 +16,8 @@ from helpers import metrics, survey
 from helpers.attacks.rows import FACT, AttackError, applied, kept, pool, tidy, with_readings
 from helpers.facts import Facts
 from helpers.models import Model
+from helpers.progress import progress
 from helpers.prompts import LATIN_SQUARE
-from helpers.runs import progress
 from helpers.splits import Split, neighbors
 from helpers.survey import GATE, Question
 from helpers.unlearning.edit import Edit

@@ -34,7 +34,7 @@ from helpers.unlearning.training import Settings
 
 PUBLISHED = Settings(learning_rate=2e-4, steps=20, batch=32, clip=None, text_tokens=128)
 HOW = ("lora", "full")
-DOSE = ["attack", "control", "group", "format", "shown", "rate", "step"]
+DOSE = ["attack", "control", "group", "format", "shown", "rate", "step", "steps"]
 
 
 def relearn(model: Model, edit: Edit | None, split: Split, *, how: str = "lora", rates: Sequence[float] = (2e-4,),
@@ -52,9 +52,9 @@ def relearn(model: Model, edit: Edit | None, split: Split, *, how: str = "lora",
         texts: general text for the third term; None takes the tiny models' own kind.
         invented: also attack as many invented names; their rows have the control `invented names`.
 
-    Groups: `forget` (`attack_test`, never shown), `shown`, `retain`. Further columns: `how`, `shown`, `rate`, `step`. A
-    training that breaks down gives a warning and no rows after. Raises `AttackError` for a split without two halves,
-    more facts to show than there are, or a quantised model.
+    Groups: `forget` (`attack_test`, never shown), `shown`, `retain`. Further columns: `how`, `shown`, `rate`, `step`, `steps` (at which
+    the cosine ends). A training that breaks down gives a warning and no rows after. Raises `AttackError` for a split without
+    two halves, more facts to show than there are, or a quantised model.
     """
     check_trainable(model, f"relearn {how}")
     check_halves(split)
@@ -72,7 +72,7 @@ def relearn(model: Model, edit: Edit | None, split: Split, *, how: str = "lora",
                 terms = ("forget", "retain", "text") if len(facts) else ("retain", "text")
                 table = _curve(model, edit, given, facts, terms, how, replace(settings, learning_rate=rate), steps, rank, texts,
                                seed, partial(read, model, given, formats=formats, orders=orders), n_retain)
-                tables += _named(table, f"relearn {how}", label, control, dose)
+                tables += _named(table, f"relearn {how}", label, max(steps), control, dose)
     return pd.concat(tables, ignore_index=True)
 
 
@@ -87,7 +87,7 @@ def relearn_text(model: Model, edit: Edit | None, split: Split, *, how: str = "f
     for rate in rates:
         table = _curve(model, edit, split, split.attack_train[:0], ("text",), how, replace(settings, learning_rate=rate), steps,
                        rank, texts, seed, partial(read, model, split, formats=formats, orders=orders), n_retain)
-        tables += _named(table, "relearn text", f"{how}, lr {rate:g}", "", {"how": how, "shown": 0, "rate": rate})
+        tables += _named(table, "relearn text", f"{how}, lr {rate:g}", max(steps), "", {"how": how, "shown": 0, "rate": rate})
     return pd.concat(tables, ignore_index=True)
 
 
@@ -103,9 +103,22 @@ def nested(facts: Facts, n: int, seed: int = 0) -> Facts:
 
 
 def dose_response(rows: pd.DataFrame) -> pd.DataFrame:
-    """Means over facts by attack, control, group, format, facts shown, rate and step, with `n` facts each."""
+    """Means over facts by attack, control, group, format, facts shown, rate, step and steps in all, with `n` facts each."""
     means = rows.groupby(DOSE, sort=False)[["prob_true", "prob_edit", "top_true", "top_edit"]].mean()
     return means.assign(n=rows.groupby(DOSE, sort=False).size()).reset_index()
+
+
+def curves(rows: pd.DataFrame) -> pd.DataFrame:
+    """The rows of relearning with what figures call them: `curve` and `dose` ("lora, 32 facts, rate 0.002, 20 steps").
+
+    Curves are `forgotten` (the half that was not shown), `shown`, `retained`, and `invented names`, of which none was shown either.
+    """
+    rows = rows[rows["attack"].isin([f"relearn {how}" for how in HOW])]
+    names = {("forget", ""): "forgotten", ("shown", ""): "shown", ("retain", ""): "retained", ("forget", CONTROL): CONTROL}
+    curve = [names.get(key) for key in zip(rows["group"], rows["control"])]
+    dose = [f"{how}, {shown:.0f} facts, rate {rate:g}, {steps:.0f} steps" for how, shown, rate, steps
+            in rows.reindex(columns=["how", "shown", "rate", "steps"]).itertuples(index=False)]
+    return rows.assign(curve=curve, dose=dose).dropna(subset="curve")
 
 
 def _curve(model: Model, edit: Edit | None, split: Split, facts: Facts, terms: tuple[str, ...], how: str, settings: Settings,
@@ -137,8 +150,8 @@ def _curve(model: Model, edit: Edit | None, split: Split, facts: Facts, terms: t
     return pd.concat(tables, ignore_index=True)
 
 
-def _named(table: pd.DataFrame, attack: str, label: str, control: str, dose: dict) -> list[pd.DataFrame]:
-    """The table cut into settings: rate, facts shown, step and format read."""
+def _named(table: pd.DataFrame, attack: str, label: str, steps: int, control: str, dose: dict) -> list[pd.DataFrame]:
+    """The table cut into settings: rate, facts shown, step of how many (the cosine depends on it) and format read."""
     parts = table.groupby(["step", "format"], sort=False)
-    return [tidy(part, attack, f"{label}, step {step}, {format}", control=control, **dose, step=step)
+    return [tidy(part, attack, f"{label}, step {step} of {steps}, {format}", control=control, **dose, step=step, steps=steps)
             for (step, format), part in parts]

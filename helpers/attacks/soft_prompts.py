@@ -157,7 +157,7 @@ def soft_prompt(model: Model, edit: Edit | None, split: Split, *, kind: str = "p
         for restart in range(restarts):
             soft = KINDS[kind](model, size, limit, seed * 1_000_003 + restart)
             for step, rows in _train(model, soft, split, groups, settings, steps, seed + restart):
-                setting = f"{size} vectors, restart {restart}, step {step}"
+                setting = f"{size} vectors, restart {restart}, step {step} of {settings.steps}"
                 tables.append(tidy(rows, f"soft {kind}", setting, restart=restart, step=step))
     return pd.concat(tables, ignore_index=True)
 

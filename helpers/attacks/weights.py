@@ -23,8 +23,8 @@ from scipy.stats import norm
 from helpers.attacks.rows import AttackError, applied, check_trainable, kept, read, tidy
 from helpers.masks import Mask, from_weights
 from helpers.models import Model
+from helpers.progress import progress
 from helpers.prompts import LATIN_SQUARE
-from helpers.runs import progress
 from helpers.selection import everything
 from helpers.splits import Split
 from helpers.unlearning.edit import Edit

@@ -30,7 +30,7 @@ from helpers.localization.counterfactual import Pairs
 from helpers.localization.patching import DIRECTIONS
 from helpers.localization.recovery import describe, measure
 from helpers.models import Component, Model
-from helpers.runs import progress
+from helpers.progress import progress
 
 KINDS = {"head": "head", "attn": "attn_out", "mlp": "mlp_out"}
 RULES = ("gauss", "right")

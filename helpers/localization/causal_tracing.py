@@ -90,6 +90,12 @@ def noise_scale(model: Model, prompts: PromptSet) -> float:
         return float(model.embed(tokens.to(model.device)).cpu().double().std())
 
 
+def subject_noise(prompts: PromptSet, width: int, seed: int, sample: int = 0) -> torch.Tensor:
+    """What one sample adds to the embeddings, in units of its scale: (n, length, width), flush right, 0 off the subject."""
+    about = [f"{fact.subject}|{fact.relation.name}|{text}" for fact, text in zip(prompts.facts, prompts.texts)]
+    return _noise(flush_right(prompts), width, [f"{seed}|{sample}|{name}" for name in about])
+
+
 def _trace(
     model: Model,
     prompts: PromptSet,
@@ -104,15 +110,15 @@ def _trace(
         raise ValueError(f"samples {samples}, noise {noise}: at least one sample of noise above 0 is needed")
     scale = noise * noise_scale(model, prompts)
     kept = sorted({unit.site for unit in units} - {"resid_pre"})
-    names = [f"{fact.subject}|{fact.relation.name}|{text}" for fact, text in zip(prompts.facts, prompts.texts)]
     answers = prompts.option_ids[:, :2]
 
     def work(rows: torch.Tensor) -> pd.DataFrame:
-        batch = flush_right(prompts[rows])
+        part = prompts[rows]
+        batch = flush_right(part)
         clean = Run(model, batch, kept)
         embeds, tables = clean["embed", 0], []
         for sample in range(samples):
-            draw = _noise(batch, embeds.shape[-1], [f"{seed}|{sample}|{names[row]}" for row in rows])
+            draw = subject_noise(part, embeds.shape[-1], seed, sample)
             noised = Run(model, batch, embeds=embeds + (scale * draw).to(embeds))
             table = sweep(noised, clean, units, answers[rows], after, rows)
             for name, values in measure(noised.logits, answers[rows]).items():

@@ -50,14 +50,18 @@ class Choices:
 
 
 def choose(model: Model, known: Facts, split: Split, names: Sequence[str] = ("lookup",), *, lookup: Sequence[int] | None = None,
-           format: str = "cloze", samples: int = 3, seed: int = 0, batch_size: int = 64) -> Choices:
+           format: str = "cloze", n_facts: int = 64, samples: int = 3, seed: int = 0, draw: int | None = None,
+           batch_size: int = 64) -> Choices:
     """The masks of these names for editing `split.forget`.
 
     Args:
         known: the facts the model knows; partners and probes come from them.
         names: of NAMES, or single windows ("MLP 2-4"); "windows" stands for every window of as many MLPs as fact lookup chose.
         lookup: layers of the lookup MLPs, where they are known already or chosen by hand.
+        n_facts: how many of the facts to be edited the localizations see, at most (a whole sport has hundreds).
         samples: noise samples of causal tracing.
+        seed: of partners, probes and noise.
+        draw: seed of the random masks, if it is another: runs that differ in it alone share all other masks.
 
     Fact lookup goes by `fact_lookup.sports` for facts of one relation, by `counterfact` with the calibrated threshold for facts of
     several. Raises `SelectionError` for an unknown name, and where fact lookup chooses no MLP.
@@ -65,7 +69,8 @@ def choose(model: Model, known: Facts, split: Split, names: Sequence[str] = ("lo
     unknown = [name for name in names if name not in NAMES and not is_window(name)]
     if unknown or not names:
         raise SelectionError(f"masks {', '.join(unknown) or '(none)'}: there are {', '.join(NAMES)}, and windows such as 'MLP 2-4'")
-    twins = pairs(model, split.forget, format, partners=known, seed=seed, minimum=2)
+    draw = seed if draw is None else draw
+    twins = pairs(model, split.forget[:n_facts], format, partners=known, seed=seed, minimum=2)
     found = _look_up(model, known, split, twins, format, seed, batch_size) if lookup is None else None
     layers = tuple(lookup) if found is None else found.layers
     if not layers:
@@ -91,8 +96,8 @@ def choose(model: Model, known: Facts, split: Split, names: Sequence[str] = ("lo
         else:
             chosen[name] = {"lookup": lambda: flu, "everything": lambda: selection.everything(model),
                             "all MLPs": lambda: selection.all_mlps(model),
-                            "random": lambda: selection.random_units(model, flu.n_parameters, seed),
-                            "random MLPs": lambda: selection.random_mlps(model, len(layers), seed)}[name]()
+                            "random": lambda: selection.random_units(model, flu.n_parameters, draw),
+                            "random MLPs": lambda: selection.random_mlps(model, len(layers), draw)}[name]()
     # the names of claims, under which rows are stored: a random mask is drawn anew with each seed, under one name
     return Choices({name: replace(mask, name=name) for name, mask in chosen.items()}, found, scores)
 

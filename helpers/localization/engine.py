@@ -79,7 +79,7 @@ class Run:
         self._embeds = embeds
         self._residual: list[torch.Tensor] = [None] * (model.n_layers + 1)
         self._arguments: list[dict] = [None] * model.n_layers
-        self._memory = [_Memory() for _ in range(model.n_layers)]
+        self._memory = [Memory() for _ in range(model.n_layers)]
         self._kept: dict[tuple[str, int], torch.Tensor] = {}
         there = batch.to(model.device)
         with ExitStack() as hooks:
@@ -137,6 +137,15 @@ class Run:
         logits, cap = self.model.unembed(self.model.final_norm(residual)), self.model.final_softcap
         return logits if cap is None else torch.tanh(logits / cap) * cap
 
+    def given(self, layer: int, rows: torch.Tensor, columns: slice, memory: Memory) -> dict:
+        """What a block, and its attention, is called with by name, for these columns and all that is in the memory."""
+        pick, given = self._pick(rows), dict(self._arguments[layer])
+        given["attention_mask"] = _take(given["attention_mask"], pick)[:, :, columns, : columns.stop]
+        given["position_embeddings"] = tuple(_take(part, pick)[:, columns] for part in given["position_embeddings"])
+        for name in POSITION_NUMBERS & given.keys():
+            given[name] = _take(given[name], pick)[..., columns] if given[name].ndim > 1 else given[name][columns]
+        return given | {self._cache_name: memory}
+
     def _final(self, by_layer: dict[int, list], rows: torch.Tensor, start: int) -> torch.Tensor | None:
         """The last position's residual after the last block, (rows, d_model); None if no edit reaches it."""
         first, top = min(by_layer), self.model.n_layers - 1
@@ -158,21 +167,17 @@ class Run:
         memory, edits = self._earlier(top, rows, start), by_layer.get(top, ())
         if hidden.shape[1] > 1:
             memory.suffices = True
-            with suppress(_KeysKnown):
+            with suppress(Known):
                 self._call(top, hidden[:, :-1], rows, start, edits, memory)
             memory.suffices = False
         return self._call(top, hidden[:, -1:], rows, self.length - 1, edits, memory)[:, -1]
 
-    def _call(self, layer: int, hidden: torch.Tensor, rows: torch.Tensor, start: int, edits, memory: _Memory):
+    def _call(self, layer: int, hidden: torch.Tensor, rows: torch.Tensor, start: int, edits, memory: Memory):
         """Output of a block for the positions from `start` on; `hidden` (rows, positions, d_model) says how many."""
         stop = start + hidden.shape[1]
-        pick, columns = self._pick(rows), slice(start, stop)
-        given = dict(self._arguments[layer])
-        mask = _take(given["attention_mask"], pick)[:, :, columns, :stop]
-        given["position_embeddings"] = tuple(_take(part, pick)[:, columns] for part in given["position_embeddings"])
-        for name in POSITION_NUMBERS & given.keys():
-            given[name] = _take(given[name], pick)[..., columns] if given[name].ndim > 1 else given[name][columns]
-        given[self._cache_name] = memory
+        columns = slice(start, stop)
+        given = self.given(layer, rows, columns, memory)
+        mask = given["attention_mask"]
         with ExitStack() as hooks:
             for edit in edits:
                 if isinstance(edit, KnockOut):
@@ -186,10 +191,10 @@ class Run:
                     hooks.callback(_attach(self.model, _site(edit), layer, change).remove)
             return self.model.block(layer)(hidden, **given | {"attention_mask": mask})
 
-    def _earlier(self, layer: int, rows: torch.Tensor, start: int) -> _Memory:
+    def _earlier(self, layer: int, rows: torch.Tensor, start: int) -> Memory:
         """The remembered keys and values of a layer before `start`."""
         full, pick = self._memory[layer], self._pick(rows)
-        return _Memory(full.keys[pick, :, :start], full.values[pick, :, :start])
+        return Memory(full.keys[pick, :, :start], full.values[pick, :, :start])
 
     def _pick(self, rows: torch.Tensor) -> torch.Tensor | slice:
         """An index for the rows, which come in order; all of them without a copy."""
@@ -225,11 +230,11 @@ class Run:
         self._residual[-1] = inputs[0]
 
 
-class _KeysKnown(Exception):
-    """Ends a block whose keys and values are all that is wanted of it."""
+class Known(Exception):
+    """Raised by hooks and stand-ins to end a block, or a part of it, of which nothing more is wanted."""
 
 
-class _Memory:
+class Memory:
     """Stands in for transformers' cache in one call of one block: notes keys and values, (b, heads, p, d_head)."""
 
     def __init__(self, keys: torch.Tensor | None = None, values: torch.Tensor | None = None):
@@ -241,7 +246,7 @@ class _Memory:
             keys, values = torch.cat([self.keys, keys], dim=2), torch.cat([self.values, values], dim=2)
         self.keys, self.values = keys, values
         if self.suffices:
-            raise _KeysKnown
+            raise Known
         return keys, values
 
 

@@ -29,7 +29,7 @@ from helpers.localization.engine import Run, flush_right
 from helpers.localization.recovery import describe, measure
 from helpers.masks import Mask, parse, size
 from helpers.models import Component, Model
-from helpers.runs import progress
+from helpers.progress import progress
 
 LD = ("ld_clean", "ld_corrupt", "ld_patched")
 SITES = {"head": "head", "attn": "attn_out", "mlp": "mlp_out"}

@@ -24,8 +24,8 @@ from helpers.localization.patching import around
 from helpers.localization.positions import choose, locate
 from helpers.localization.recovery import describe, measure
 from helpers.models import Model, ModelError
+from helpers.progress import progress
 from helpers.prompts import PromptSet
-from helpers.runs import progress
 
 
 def knock_out(

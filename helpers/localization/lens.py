@@ -28,8 +28,8 @@ from helpers.localization.engine import Run, flush_right
 from helpers.localization.positions import choose, locate
 from helpers.localization.recovery import describe, measure
 from helpers.models import Component, Model
+from helpers.progress import progress
 from helpers.prompts import PromptSet
-from helpers.runs import progress
 from helpers.sites import TracingError
 
 ANSWERS = ("true", "edit")

@@ -26,7 +26,7 @@ from helpers.localization.engine import Run, flush_right
 from helpers.localization.positions import choose, locate
 from helpers.localization.recovery import add_scores, describe, measure
 from helpers.models import Component, Model
-from helpers.runs import progress
+from helpers.progress import progress
 from helpers.sites import TracingError
 
 SITES = ("resid_pre", "attn_out", "mlp_out", "head")

@@ -16,15 +16,13 @@ value (arXiv 2211.00593, 2304.05969; spec section 3.2, denoising). With LD = log
 The model's own modules do the computing. A sender that changes nothing runs along in every batch: if it does
 not give LD_corrupt, the architecture is not understood, and `TracingError` says so.
 
-Tables have one row a sender and fact: `subject`, `relation`, `counterfactual` (the partner), `component`,
-`layer`, `head`, `ld_clean`, `ld_corrupt`, `ld_patched` and `score`, which is NaN for a fact whose two runs
-hardly differ; a sender's score over facts is the ratio of means (`evidence.component_scores`).
+The columns of the tables are in `helpers.localization.path_tables`.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from functools import partial
 
 import pandas as pd
@@ -33,9 +31,10 @@ import torch
 from helpers.chunks import over_rows
 from helpers.interventions import Intervention
 from helpers.localization.counterfactual import Pairs
-from helpers.localization.engine import CACHE_NAMES, Run, flush_right
+from helpers.localization.engine import Known, Memory, Run, flush_right
 from helpers.localization.patching import by_distance
-from helpers.localization.recovery import SMALLEST_GAP, describe, measure
+from helpers.localization.path_tables import lay_out, projections
+from helpers.localization.recovery import measure
 from helpers.models import Component, Model
 from helpers.sites import TracingError
 
@@ -67,6 +66,7 @@ def receiver_paths(
     above: str | None = None,
     senders: Sequence[str | Component] | None = None,
     positions: str = "all",
+    apart: bool = False,
     batch_size: int = 64,
 ) -> pd.DataFrame:
     """Every MLP → what these heads read, along the residual alone; a sender above all of them scores 0.
@@ -82,6 +82,7 @@ def receiver_paths(
             heads' outputs at the last token.
         senders: MLPs, heads or attention blocks; all MLPs when left out.
         positions: where the senders are patched: `"all"`, `"subject"`, `"subject_last"` or `"last"`.
+        apart: each of the heads is a receiver of its own, named in the column `receiver`; not with `"nothing"` above.
     """
     heads, senders = _components(heads), _components(model.components("mlp") if senders is None else senders)
     above = above or {"residual": "all", "heads": "mlps"}.get(receiver)
@@ -90,25 +91,28 @@ def receiver_paths(
         raise TracingError(f"receiver {receiver!r}, above {above!r}, inputs {inputs!r}: there are {ways} and q, k, v")
     if not heads or any(head.kind != "head" or head not in model.components("head") for head in heads):
         raise TracingError(f"receivers {', '.join(map(str, heads)) or 'none'}: name heads of the model, as 'head 5.2'")
-    layers = sorted({head.layer for head in heads})
-    by_layer = {layer: sorted({head.head for head in heads if head.layer == layer}) for layer in layers}
-    lowest = min(by_layer)
+    if apart and (receiver != "heads" or above == "nothing"):
+        raise TracingError(f"apart goes with receiver 'heads' and what lies above them, not with {receiver!r} and {above!r}")
+    groups = [_by_layer([head]) for head in heads] if apart else [_by_layer(heads)]
+    lowest = min(groups[0])
 
     def at_residual(part: _Part) -> torch.Tensor:
-        changes = [part.write(sender, lowest, positions) for sender in senders]
+        changes = [part.write(sender, positions) if sender.layer < lowest else None for sender in senders]
         if above == "nothing":
             full = part.clean["resid_pre", lowest] - part.corrupt["resid_pre", lowest]
-            return _projections(part.within(full, "all"), changes)
+            return projections(part.within(full, "all"), changes)
         add = partial(Intervention, "resid_pre", lowest, "all", op="add")
         return part.differences([] if change is None else [add(value=change)] for change in changes)
 
-    def at_heads(part: _Part) -> torch.Tensor:
-        received = {  # layer -> (senders, b, p, chosen heads, d_head)
-            layer: torch.stack(
-                [part.receive(layer, part.write(sender, layer, positions), inputs)[:, :, own] for sender in senders]
-            )
-            for layer, own in by_layer.items()
-        }
+    def at_heads(part: _Part, by_layer: dict[int, list[int]]) -> torch.Tensor:
+        found: dict[int, list[torch.Tensor]] = {layer: [] for layer in by_layer}
+        last = above != "all"
+        for sender in senders:
+            change = part.write(sender, positions)
+            for layer, own in by_layer.items():
+                z = part.receive(layer, change, inputs, last) if sender.layer < layer else part.corrupt["head", layer]
+                found[layer].append(z[:, -1:, own] if last else z[:, :, own])
+        received = {layer: torch.stack(z) for layer, z in found.items()}  # (senders, b, p or 1, chosen heads, d_head)
         if above == "all":
             return part.differences(
                 [Intervention("head", layer, "all", z[i], heads=by_layer[layer]) for layer, z in received.items()]
@@ -120,7 +124,7 @@ def receiver_paths(
                 for run in (part.corrupt, part.clean)
             )
             z = torch.cat([z[:, :, -1].flatten(2) for z in received.values()], dim=-1)
-            return _projections(full - base, z - base)
+            return projections(full - base, z - base)
 
         def attention(layer: int, active: int) -> torch.Tensor:
             frozen = part.last("attn_out", layer).expand(active, -1, -1)
@@ -130,79 +134,88 @@ def receiver_paths(
             z[:, :, by_layer[layer]] = received[layer][:, :, -1]
             return torch.cat([frozen[:1], part.attention_out(layer, z)])
 
-        return part.climb(lowest, attention)
+        return part.climb(min(by_layer), attention)
 
-    work = at_residual if receiver == "residual" else at_heads
-    watched = by_layer if receiver == "heads" else ()
-    return _table(model, pairs, senders, batch_size, work, watched, projected=above == "nothing")
+    def at_groups(part: _Part) -> torch.Tensor:
+        first, *others = (at_heads(part, by_layer) for by_layer in groups)
+        return torch.cat([first, *(values[1:] for values in others)])
+
+    if receiver == "residual":
+        return _table(model, pairs, senders, batch_size, at_residual, above == "nothing")
+    table = _table(model, pairs, senders * len(groups), batch_size, at_groups, above == "nothing")
+    return table.assign(receiver=[str(head) for head in heads for _ in range(len(senders) * len(pairs))]) if apart else table
 
 
 def _components(names: Sequence[str | Component]) -> list[Component]:
     return [Component.parse(name) if isinstance(name, str) else name for name in names]
 
 
-def _projections(full: torch.Tensor, changes: Iterable[torch.Tensor | None]) -> torch.Tensor:
-    """First the square of the full change (b,), then the projection of each change on it: (1 + changes, b)."""
-    full = full.flatten(1).double()
-    parts = [full, *(0 * full if change is None else change.flatten(1).double() for change in changes)]
-    return torch.stack([(part * full).sum(-1) for part in parts])
+def _by_layer(heads: Sequence[Component]) -> dict[int, list[int]]:
+    """Layer → numbers of the heads in it, ascending."""
+    layers = sorted({head.layer for head in heads})
+    return {layer: sorted({head.head for head in heads if head.layer == layer}) for layer in layers}
 
 
 class _Part:
     """The clean and the corrupted run of some pairs, and what can be computed again on top of the latter."""
 
-    def __init__(self, model: Model, pairs: Pairs, watched: Iterable[int]):
+    def __init__(self, model: Model, pairs: Pairs):
         self.model, self.answers = model, pairs.answers.to(model.unembed.weight.device)
         keep = ("head", "attn_out", "mlp_out")
         self.clean = Run(model, flush_right(pairs.clean), keep)
-        self.given: dict[int, dict] = {}  # layer -> what its attention is called with
-        with ExitStack() as hooks:
-            for layer in watched:
-                note = partial(self._note, layer)
-                hooks.callback(model.attention(layer).register_forward_pre_hook(note, with_kwargs=True).remove)
-            self.corrupt = Run(model, flush_right(pairs.corrupted), keep)
-
-    def _note(self, layer: int, module, inputs: tuple, given: dict) -> None:
-        self.given[layer] = {name: v for name, v in given.items() if name not in ("hidden_states", *CACHE_NAMES)}
+        self.corrupt = Run(model, flush_right(pairs.corrupted), keep)
 
     def last(self, site: str, layer: int) -> torch.Tensor:
         """The corrupted run's activation at the last token, (1, b, *features)."""
         return self.corrupt[site, layer][:, -1].unsqueeze(0)
 
-    def write(self, sender: Component, layer: int, positions: str) -> torch.Tensor | None:
-        """By how much a sender's clean output changes the residual before a layer above it, (b, p, d_model)."""
-        if sender.layer >= layer:
-            return None
-        if sender.kind == "head":
-            z = self.corrupt["head", sender.layer].clone()
-            z[:, :, sender.head] = self.clean["head", sender.layer][:, :, sender.head]
-            change = self.attention_out(sender.layer, z) - self.corrupt["attn_out", sender.layer]
+    def write(self, sender: Component, positions: str) -> torch.Tensor:
+        """By how much a sender's clean output changes the residual above it, (b, p, d_model)."""
+        site = "head" if sender.kind == "head" else f"{sender.kind}_out"
+        clean, corrupt = self.clean[site, sender.layer], self.corrupt[site, sender.layer]
+        if sender.kind != "head":
+            change = clean - corrupt
+        elif self.model.attn_post_norm(sender.layer) is None:  # the head's own columns of the output matrix suffice
+            own = slice(sender.head * self.model.d_head, (sender.head + 1) * self.model.d_head)
+            weight = self.model.matrix("o", sender.layer)[0]
+            change = (clean[:, :, sender.head] - corrupt[:, :, sender.head]) @ weight[:, own].T
         else:
-            site = f"{sender.kind}_out"
-            change = self.clean[site, sender.layer] - self.corrupt[site, sender.layer]
+            z = corrupt.clone()
+            z[:, :, sender.head] = clean[:, :, sender.head]
+            change = self.attention_out(sender.layer, z) - self.corrupt["attn_out", sender.layer]
         return self.within(change, positions)
 
     def within(self, change: torch.Tensor, positions: str) -> torch.Tensor:
         """The change at these positions, 0 elsewhere. (On padding the two runs differ too, without consequence.)"""
         return change * self.corrupt.batch.at(positions).unsqueeze(-1).to(change.device)
 
-    def receive(self, layer: int, change: torch.Tensor | None, inputs: str) -> torch.Tensor:
-        """Outputs (b, p, n_heads, d_head) of a layer's heads if the residual they read changes, for these inputs."""
-        found = self.corrupt["head", layer]
-        if change is None:
-            return found
-        norm, attention = self.model.attn_norm(layer), self.model.attention(layer)
-        before = self.corrupt["resid_pre", layer]
+    def receive(self, layer: int, change: torch.Tensor, inputs: str, last: bool) -> torch.Tensor:
+        """Outputs (b, p, n_heads, d_head) of a layer's heads if the residual they read changes, for these inputs.
+
+        p is 1 if only the `last` token is wanted.
+        """
+        norm, before = self.model.attn_norm(layer), self.corrupt["resid_pre", layer]
         seen: list[torch.Tensor] = []
         with ExitStack() as hooks:
             for kind in set("qkv") - set(inputs):
                 module, rows = self.model.part(kind, layer), self.model.matrix(kind, layer)[1]
                 freeze = partial(_freeze, module(norm(before)), slice(None) if rows is None else rows)
                 hooks.callback(module.register_forward_hook(freeze).remove)
-            watch = self.model.part("o", layer).register_forward_pre_hook(lambda _, read: seen.append(read[0]))
-            hooks.callback(watch.remove)
-            attention(hidden_states=norm(before + change), **self.given[layer])
-        return seen[0].reshape(found.shape)
+            hooks.callback(self.model.part("o", layer).register_forward_pre_hook(partial(_end, seen)).remove)
+            self._attend(layer, norm(before + change), last)
+        return seen[0].unflatten(-1, (self.model.n_heads, -1))
+
+    def _attend(self, layer: int, read: torch.Tensor, last: bool) -> None:
+        """Run an attention on what it reads, for the `last` query alone once all keys and values are known."""
+        attention, rows, memory = self.model.attention(layer), torch.arange(len(read)), Memory()
+        stop, start = read.shape[1], read.shape[1] - 1 if last else 0
+        if start:
+            memory.suffices = True
+            with suppress(Known):  # products with a strided slice would be slow
+                attention(hidden_states=read[:, :start].contiguous(), **self.corrupt.given(layer, rows, slice(0, start), memory))
+            memory.suffices = False
+        with suppress(Known):
+            attention(hidden_states=read[:, start:], **self.corrupt.given(layer, rows, slice(start, stop), memory))
 
     def attention_out(self, layer: int, z: torch.Tensor) -> torch.Tensor:
         """What an attention adds to the residual when its heads give z (…, n_heads, d_head)."""
@@ -244,48 +257,35 @@ class _Part:
         return torch.stack([measure(one, self.answers)["ld"] for one in logits])
 
 
+def _end(seen: list[torch.Tensor], module, inputs: tuple) -> None:
+    """A hook before a module that notes what it reads, and runs nothing more."""
+    seen.append(inputs[0])
+    raise Known
+
+
 def _freeze(frozen: torch.Tensor, rows, module, inputs, output: torch.Tensor) -> torch.Tensor:
-    """A hook that puts earlier values back into some features of an output."""
-    output = output.clone()
-    output[..., rows] = frozen[..., rows]
+    """A hook that puts earlier values back into some features of an output, of which a part of the positions is computed."""
+    n, output = output.shape[1], output.clone()
+    output[..., rows] = (frozen[:, -1:] if n == 1 else frozen[:, :n])[..., rows]
     return output
 
 
-def _table(model, pairs: Pairs, senders, batch_size: int, work, watched=(), projected: bool = False) -> pd.DataFrame:
+def _table(model, pairs: Pairs, senders, batch_size: int, work, projected: bool = False) -> pd.DataFrame:
     """Run `work` in chunks and lay out its values (1 + senders, rows); the first is the corrupted run's, or a total."""
 
     @torch.no_grad()
     def chunk(rows: torch.Tensor) -> tuple[torch.Tensor, ...]:
-        part = _Part(model, pairs[rows], watched)
+        part = _Part(model, pairs[rows])
         values = work(part).double().cpu()
         clean, corrupt = (measure(run.logits, part.answers)["ld"] for run in (part.clean, part.corrupt))
         if not projected:
             _check(values[0], corrupt, part)
-        return rows, values, clean, corrupt
+        return rows, values, clean
 
-    order = by_distance(pairs.clean)
-    chunks = over_rows(chunk, len(pairs), batch_size, order)
-    rows, values, clean, corrupt = (torch.cat(parts, dim=-1) for parts in zip(*chunks))
+    chunks = over_rows(chunk, len(pairs), batch_size, by_distance(pairs.clean))
+    rows, values, clean = (torch.cat(parts, dim=-1) for parts in zip(*chunks))
     back = torch.argsort(rows)
-    values, clean, corrupt = values[:, back], clean[back], corrupt[back]
-    n, partners = len(senders), [fact.subject for fact in pairs.corrupted.facts]
-    columns = {name: cells * n for name, cells in (describe(pairs.clean) | {"counterfactual": partners}).items()}
-    for name, cells in {
-        "component": map(str, senders), "layer": (s.layer for s in senders), "head": (s.head for s in senders)
-    }.items():
-        columns[name] = [cell for cell in cells for _ in partners]
-    table = pd.DataFrame(columns)
-    table["head"] = table["head"].astype("Int64")
-    if projected:
-        table["effect"], table["total"] = values[1:].flatten().numpy(), values[0].repeat(n).numpy()
-        table["score"] = table["effect"] / table["total"].where(table["total"] > 0)
-        return table
-    gap = clean - values[0]
-    table["ld_clean"], table["ld_corrupt"] = clean.repeat(n).numpy(), values[0].repeat(n).numpy()
-    table["ld_patched"] = values[1:].flatten().numpy()
-    scores = (values[1:] - values[0]) / gap.where(gap.abs() >= SMALLEST_GAP["ld"], torch.nan)
-    table["score"] = scores.flatten().numpy()
-    return table
+    return lay_out(pairs, senders, values[:, back], clean[back], projected)
 
 
 def _check(control: torch.Tensor, corrupt: torch.Tensor, part: _Part) -> None:

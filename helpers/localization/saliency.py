@@ -28,8 +28,8 @@ from torch.nn import functional as F
 from helpers.localization.recovery import describe
 from helpers.masks import Mask, Matrix, matrices, owned_blocks, parse, size
 from helpers.models import Component, Model
+from helpers.progress import progress
 from helpers.prompts import PromptSet
-from helpers.runs import progress
 
 MEASURES = ("grad_weight", "fisher", "scaling")
 KINDS = ("attn", "mlp", "head")

@@ -18,8 +18,8 @@ from helpers.models import Model
 from helpers.prompts import PromptSet
 
 
-def bridge(model: Model):
-    """A TransformerLens bridge over a copy of the model, in compatibility mode (norms folded into the weights)."""
+def bridge(model: Model, folded: bool = True):
+    """A TransformerLens bridge over a copy of the model; `folded`: in compatibility mode (norms folded into the weights)."""
     from transformer_lens.model_bridge import TransformerBridge
 
     with tempfile.TemporaryDirectory() as folder:
@@ -27,7 +27,8 @@ def bridge(model: Model):
         model.hf.config.save_pretrained(folder)
         model.tokenizer.save_pretrained(folder)
         found = TransformerBridge.boot_transformers(folder, hf_model=copy.deepcopy(model.hf), tokenizer=AutoTokenizer.from_pretrained(folder))
-    found.enable_compatibility_mode()
+    if folded:
+        found.enable_compatibility_mode()
     return found
 
 

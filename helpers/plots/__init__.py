@@ -3,6 +3,9 @@
 Every function takes a tidy table; chance level and ceiling are drawn where accuracy is shown.
 """
 
+from helpers.plots.attacks import access_bars, line_panels
+from helpers.plots.editing import estimates, spider, tradeoff
+from helpers.plots.ladder import ladder, norm_growth
 from helpers.plots.localization import (
     agreement_map,
     chosen_map,
@@ -13,22 +16,31 @@ from helpers.plots.localization import (
     score_map,
     stability_dots,
 )
+from helpers.plots.memory import memory_bars
 from helpers.plots.series import format_bars, layer_lines, probe_lines, training_curve
 from helpers.plots.style import canvas, reference
 
 __all__ = [
+    "access_bars",
     "agreement_map",
     "canvas",
     "chosen_map",
     "circuit",
+    "estimates",
     "faithfulness_lines",
     "format_bars",
     "head_map",
+    "ladder",
     "layer_lines",
     "layer_maps",
+    "line_panels",
+    "memory_bars",
+    "norm_growth",
     "probe_lines",
     "reference",
     "score_map",
+    "spider",
     "stability_dots",
+    "tradeoff",
     "training_curve",
 ]

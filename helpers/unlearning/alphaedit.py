@@ -27,7 +27,7 @@ from helpers.facts import Facts
 from helpers.masks import Mask
 from helpers.models import Model
 from helpers.splits import Split
-from helpers.unlearning.covariances import covariances, texts_to_preserve
+from helpers.unlearning.covariances import preserved, texts_to_preserve
 from helpers.unlearning.edit import Edit, EditError
 from helpers.unlearning.memit import spread
 from helpers.unlearning.rome import down_layers
@@ -36,8 +36,8 @@ from helpers.unlearning.values import Values, ask, mean_keys
 
 def alphaedit(model: Model, split: Split, layers: Sequence[int] | Mask, values: Values = Values(),
               texts: Sequence[str] | None = None, seed: int = 0, *, forget: Facts | None = None,
-              earlier: Facts | None = None, share: float = 0.005, ridge: float = 0.1, n_tokens: int | None = None,
-              cache: Path | str | None = None) -> Edit:
+              earlier: Facts | None = None, share: float = 0.005, ridge: float = 0.1, names: float = 0.5,
+              n_tokens: int | None = None, cache: Path | str | None = None) -> Edit:
     """Write all edit answers at once into `down` of these layers, outside the space of text's keys.
 
     `share`: of the keys' mean square, how much the directions written to may hold; `earlier`: facts written before,
@@ -47,7 +47,7 @@ def alphaedit(model: Model, split: Split, layers: Sequence[int] | Mask, values: 
     layers, texts = down_layers(model, layers), texts_to_preserve(split, seed) if texts is None else list(texts)
     if ridge <= 0:
         raise EditError(f"ridge={ridge}: it must be positive")
-    found = covariances(model, layers, texts, n_tokens, cache)
+    found = preserved(model, split, layers, texts, values.format, names, n_tokens, cache)
     bases = {layer: found[layer].null_space(share, model.part("down", layer).weight.device) for layer in layers}
     before = ask(model, split, earlier, texts, values, seed) if earlier is not None and len(earlier) else None
 
@@ -63,5 +63,5 @@ def alphaedit(model: Model, split: Split, layers: Sequence[int] | Mask, values: 
     record = {"method": "alphaedit", "share": share, "ridge": ridge, "seed": seed,
               "n_earlier": 0 if earlier is None else len(earlier),
               "directions": {str(layer): basis.shape[1] for layer, basis in bases.items()},
-              "covariance": {"n_tokens": found[layers[0]].n_tokens, "keys": [c.key for c in found.values()]}}
+              "covariance": {"names": names, "n_tokens": found[layers[0]].n_tokens, "keys": [c.key for c in found.values()]}}
     return spread(model, split, requests, layers, values, solve, record)

@@ -4,6 +4,7 @@
     found[3].matrix                     # C = mean of k kᵀ over 20,000 tokens, k the input of `down 3`
     found[3].solve(keys)                # C⁻¹ k
     found[3].null_space(0.005)          # directions that together hold half a per cent of the keys' energy
+    preserved(model, split, [3, 4], texts)          # the same, and half of it for the names of facts to retain
 
 Nothing is centred, and the token at the beginning of a text counts like any other: where models keep an outsized
 activation there, it is a direction to leave alone. A file in the cache is named by all that decides about its
@@ -18,7 +19,7 @@ import json
 import random
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 
@@ -29,7 +30,9 @@ from safetensors.torch import save_file
 from helpers import prompts, provenance
 from helpers.chunks import over_rows
 from helpers.models import Model
+from helpers.prompts import PromptSet
 from helpers.splits import Split
+from helpers.unlearning.finetune import questions
 from helpers.unlearning.forward import hidden_states, layer_of
 from helpers.unlearning.terms import Sequences
 from helpers.unlearning.texts import general_texts
@@ -101,6 +104,45 @@ def covariances(model: Model, layers: Sequence[int], texts: Sequence[str], n_tok
             meta = {"format": FORMAT, "key": keys[layer], "layer": str(layer), "n_tokens": str(n_tokens)}
             provenance.write_atomic(files[layer], partial(save_file, {"matrix": found[layer]}, metadata=meta))
     return {layer: Covariance(found[layer], layer, n_tokens, key) for layer, key in keys.items()}
+
+
+def preserved(model: Model, split: Split, layers: Sequence[int], texts: Sequence[str], format: str = "one_shot", names: float = 0.5,
+              n_tokens: int | None = None, cache: Path | str | None = None) -> dict[int, Covariance]:
+    """C = (1 − names) · C_text + names · C_names: second moments in which names have a say.
+
+    Facts are looked up at the last token of a name. Among the tokens of text these are so few that an edit which goes by
+    C_text pays next to nothing for moving them. C_names is over the keys of `split.retain_train` there, asked in
+    `format`, and scaled to the energy of C_text. `texts`, `n_tokens` and `cache` are those of `covariances`. Raises
+    `CovarianceError` for a share outside 0 to 1.
+    """
+    if not 0 <= names <= 1:
+        raise CovarianceError(f"names={names}: it is a share, from 0 to 1")
+    found = covariances(model, layers, texts, n_tokens, cache)
+    if not names:
+        return found
+    keys = keys_of_names(model, questions(model, split.retain_train, split, format), layers)
+    mixed = {}
+    for layer, text in found.items():
+        own = (keys[layer].T @ keys[layer]).cpu()
+        if not own.isfinite().all():
+            raise CovarianceError(f"layer {layer}: what `down` reads is not a finite number at every name to retain; nothing was changed")
+        own *= text.matrix.diagonal().sum() / own.diagonal().sum()
+        mixed[layer] = replace(text, matrix=(1 - names) * text.matrix + names * own)
+    return mixed
+
+
+@torch.no_grad()
+def keys_of_names(model: Model, asked: PromptSet, layers: Sequence[int], batch_size: int = 64) -> dict[int, torch.Tensor]:
+    """Layer → (n, d_mlp) what `down` reads at the last token of each prompt's subject, float32 or more."""
+    def work(rows: torch.Tensor) -> dict[int, torch.Tensor]:
+        part = asked[rows].to(model.device)
+        with reading(model, layers) as seen:
+            hidden_states(model, part.tokens, part.mask, stop=max(layers) + 1)
+        at = torch.arange(len(part)), part.subject[:, 1].cpu() - 1
+        return {layer: keys[at].to(torch.promote_types(keys.dtype, torch.float32)) for layer, keys in seen.items()}
+
+    parts = over_rows(work, len(asked), batch_size)
+    return {layer: torch.cat([part[layer] for part in parts]) for layer in layers}
 
 
 def texts_to_preserve(split: Split, seed: int = 0, formats: Sequence[str] = ("cloze", "one_shot")) -> list[str]:

@@ -22,7 +22,7 @@ from helpers.localization.saliency import saliency
 from helpers.masks import Mask, SelectionError, from_weights
 from helpers.models import Model
 from helpers.splits import Split
-from helpers.unlearning.edit import Edit
+from helpers.unlearning.edit import Edit, select
 from helpers.unlearning.finetune import questions
 
 
@@ -62,6 +62,16 @@ def by_saliency(model: Model, split: Split, where: Mask, measure: str = "grad_we
     return _only(where, important)
 
 
+def chance(where: Mask, generator: torch.Generator) -> dict[str, torch.Tensor]:
+    """Importance drawn at random, for `ladder`: the control."""
+    return _only(where, {name: torch.rand(where.shapes[name], generator=generator) for name in where.entries})
+
+
+def available(importance: Mapping[str, torch.Tensor]) -> int:
+    """How many weights may be deleted at most: of a learned mask, those that are not whole."""
+    return sum(int((values > -math.inf).sum()) for values in importance.values())
+
+
 def ladder(model: Model, importance: Mapping[str, torch.Tensor], ns: Sequence[int], name: str) -> list[Mask]:
     """For each n the mask of the n weights of largest importance; each holds those of smaller n.
 
@@ -69,8 +79,7 @@ def ladder(model: Model, importance: Mapping[str, torch.Tensor], ns: Sequence[in
     at 0) are drawn in a fixed random order, not by position, which would prefer low layers. Raises `SelectionError`
     if there are too few.
     """
-    flat = torch.cat([values.flatten() for values in importance.values()])
-    there = int((flat > -math.inf).sum())
+    flat, there = torch.cat([values.flatten() for values in importance.values()]), available(importance)
     if not ns or min(ns) < 1 or max(ns) > there:
         wanted = ", ".join(f"{n:,}" for n in ns) or "no"
         raise SelectionError(f"{name}: {wanted} weights are to be deleted; {there:,} may be, at least 1")
@@ -90,6 +99,12 @@ def delete(model: Model, chosen: Mask, record: Mapping | None = None) -> Edit:
     """The edit that sets the weights of a mask to zero. `record`: where the mask comes from, e.g. `learned.record`."""
     zeros = {name: torch.zeros(chosen.shapes[name]) for name in chosen.entries}
     return Edit.of(model, chosen, zeros, {"method": "weight mask", **(record or {}), "deleted": chosen.n_parameters})
+
+
+def weights_of(model: Model, chosen: Mask) -> torch.Tensor:
+    """(n,) the weights that a mask selects, float32 on the CPU: what `delete` would set to zero."""
+    chosen.check(model)
+    return torch.cat([select(model.hf.get_parameter(name).detach(), part).flatten().float().cpu() for name, part in chosen.entries.items()])
 
 
 def _only(where: Mask, importance: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:

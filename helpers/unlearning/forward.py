@@ -8,23 +8,30 @@ a full pass, bit for bit when the batch is the same.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 
 import torch
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 
 from helpers.models import Model
 
 
 def hidden_states(model: Model, tokens: torch.Tensor, mask: torch.Tensor, start: int = 0, residual: torch.Tensor | None = None,
-                  stop: int | None = None, shared: int = 0) -> torch.Tensor:
+                  stop: int | None = None, shared: int = 0, recompute: bool = False) -> torch.Tensor:
     """(b, length, d_model): the final hidden states after the last norm, or with `stop` the residual before that block.
 
     With `residual`, the residual before block `start`, the embeddings and the blocks below are not run.
     With `shared`, the number of tokens that all rows begin with, these are run once, and only the others
     are returned, (b, length - shared, d_model). Rows are padded on the right. Gradients flow to whatever asks.
+    With `recompute` a block keeps only its input for the backward pass and is run again there (gradient checkpointing):
+    the same gradients for less memory and about a third more time. It goes without `shared`, whose keys and values
+    would be noted a second time.
     """
+    if recompute and shared:
+        raise ValueError("hidden_states: recompute goes without a shared start")
     positions = torch.arange(tokens.shape[1], device=tokens.device).expand_as(tokens)
     key, whole = ("input_ids", tokens) if residual is None else ("inputs_embeds", residual)
     common = _Common() if shared else None
@@ -33,7 +40,9 @@ def hidden_states(model: Model, tokens: torch.Tensor, mask: torch.Tensor, start:
         inputs = {key: whole[rows, columns], "attention_mask": mask[rows, : columns.stop], "position_ids": positions[rows, columns]}
         return model.hf.base_model(**inputs, past_key_values=common, use_cache=False).last_hidden_state
 
-    with _without(model, 0 if residual is None else start, stop):
+    start = 0 if residual is None else start
+    run_again = range(start, model.n_layers if stop is None else stop) if recompute else ()
+    with _without(model, start, stop), _recomputed(model, run_again):
         if shared:
             run(slice(1), slice(shared))
             common.length = shared
@@ -82,19 +91,41 @@ class _Common:
 
 
 @contextmanager
+def only(model: Model, layers: Sequence[int]) -> Iterator[None]:
+    """The other blocks do nothing."""
+    with _instead({model.block(l): _identity for l in range(model.n_layers) if l not in layers}):
+        yield
+
+
+@contextmanager
 def _without(model: Model, start: int, stop: int | None) -> Iterator[None]:
     """Only blocks from `start` to before `stop` do something; with `stop`, the final norm does not either."""
     left_out = [model.block(l) for l in range(model.n_layers) if l < start or (stop is not None and l >= stop)]
     if stop is not None:
         left_out.append(model.final_norm)
+    with _instead({module: _identity for module in left_out}):
+        yield
+
+
+@contextmanager
+def _recomputed(model: Model, layers: Sequence[int]) -> Iterator[None]:
+    """These blocks keep nothing but their input for the backward pass."""
+    blocks = [model.block(layer) for layer in layers]
+    with _instead({block: partial(checkpoint, block.forward, use_reentrant=False) for block in blocks}):
+        yield
+
+
+@contextmanager
+def _instead(forwards: dict[nn.Module, Callable]) -> Iterator[None]:
+    """Modules with other forward functions."""
     # some libraries wrap `forward` on the instance; what was there comes back
-    before = [vars(module).get("forward") for module in left_out]
+    before = {module: vars(module).get("forward") for module in forwards}
     try:
-        for module in left_out:
-            module.forward = _identity
+        for module, forward in forwards.items():
+            module.forward = forward
         yield
     finally:
-        for module, forward in zip(left_out, before):
+        for module, forward in before.items():
             _set_forward(module, forward)
 
 

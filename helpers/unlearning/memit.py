@@ -34,7 +34,7 @@ from helpers.facts import Facts
 from helpers.masks import Mask, mask
 from helpers.models import Model
 from helpers.splits import Split
-from helpers.unlearning.covariances import covariances, texts_to_preserve
+from helpers.unlearning.covariances import preserved, texts_to_preserve
 from helpers.unlearning.edit import Edit, EditError
 from helpers.unlearning.rome import down_layers, restored
 from helpers.unlearning.values import Requests, Values, ask, mean_keys, optimise, sizes
@@ -45,7 +45,7 @@ Solve = Callable[[int, torch.Tensor, torch.Tensor], torch.Tensor]
 
 def memit(model: Model, split: Split, layers: Sequence[int] | Mask, values: Values = Values(),
           texts: Sequence[str] | None = None, seed: int = 0, *, forget: Facts | None = None, preserve: float = 1.0,
-          n_tokens: int | None = None, ridge: float = 1e-3, cache: Path | str | None = None) -> Edit:
+          names: float = 0.5, n_tokens: int | None = None, ridge: float = 1e-3, cache: Path | str | None = None) -> Edit:
     """Write all edit answers at once into `down` of these layers; the model itself is the same before and after.
 
     `layers`: numbers, or a mask whose `down` matrices are taken. `preserve` is λ / d_mlp: more leaves text more as it
@@ -56,7 +56,7 @@ def memit(model: Model, split: Split, layers: Sequence[int] | Mask, values: Valu
     layers, texts = down_layers(model, layers), texts_to_preserve(split, seed) if texts is None else list(texts)
     if preserve < 0:
         raise EditError(f"preserve={preserve}: λ is not negative")
-    found = covariances(model, layers, texts, n_tokens, cache)
+    found = preserved(model, split, layers, texts, values.format, names, n_tokens, cache)
 
     def solve(layer: int, keys: torch.Tensor, change: torch.Tensor) -> torch.Tensor:
         # (λC + KKᵀ)⁻¹K = C⁻¹K (λ + KᵀC⁻¹K)⁻¹: a system of n equations instead of d_mlp
@@ -67,7 +67,7 @@ def memit(model: Model, split: Split, layers: Sequence[int] | Mask, values: Valu
 
     requests = ask(model, split, split.forget if forget is None else forget, texts, values, seed)
     record = {"method": "memit", "preserve": preserve, "ridge": ridge, "seed": seed,
-              "covariance": {"n_tokens": found[layers[0]].n_tokens, "keys": [c.key for c in found.values()]}}
+              "covariance": {"names": names, "n_tokens": found[layers[0]].n_tokens, "keys": [c.key for c in found.values()]}}
     return spread(model, split, requests, layers, values, solve, record)
 
 

@@ -27,23 +27,24 @@ import torch
 from helpers.facts import Facts
 from helpers.masks import Mask, SelectionError, mask
 from helpers.models import Model
-from helpers.runs import progress
+from helpers.progress import progress
 from helpers.splits import Split
-from helpers.unlearning.covariances import covariances, texts_to_preserve
+from helpers.unlearning.covariances import preserved, texts_to_preserve
 from helpers.unlearning.edit import Edit
 from helpers.unlearning.values import Values, ask, mean_keys, optimise, sizes
 from helpers.unlearning.weights import at_rest
 
 
 def rome(model: Model, split: Split, layer: int | Mask, values: Values = Values(), texts: Sequence[str] | None = None,
-         seed: int = 0, *, forget: Facts | None = None, n_tokens: int | None = None, ridge: float = 1e-3,
-         cache: Path | str | None = None) -> Edit:
+         seed: int = 0, *, forget: Facts | None = None, names: float = 0.5, n_tokens: int | None = None,
+         ridge: float = 1e-3, cache: Path | str | None = None) -> Edit:
     """Write each fact's edit answer into `down` at a layer; the model itself is the same before and after.
 
     Args:
         layer: where facts are looked up; of a mask, the middle one of its layers.
         texts: what C and the contexts come from; None takes the tiny models' own kind and the facts to retain.
         forget: the facts to write, in this order; by default `split.forget`.
+        names: the share of C that stands for names of facts to retain (`covariances.preserved`); published is 0.
         n_tokens: how many tokens of the texts C is computed from, all by default; the record has the number.
         ridge: added to C, relative to its mean eigenvalue. With little text C has no inverse without it.
         cache: folder for C.
@@ -56,7 +57,7 @@ def rome(model: Model, split: Split, layer: int | Mask, values: Values = Values(
     chosen = mask(model, [f"down {layer}"], f"down {layer}")
     texts = texts_to_preserve(split, seed) if texts is None else texts
     requests = ask(model, split, split.forget if forget is None else forget, texts, values, seed)
-    covariance = covariances(model, [layer], texts, n_tokens, cache)[layer]
+    covariance = preserved(model, split, [layer], texts, values.format, names, n_tokens, cache)[layer]
     parameter, rows = model.matrix("down", layer)[0], []
     weight = parameter.detach().double()
     with restored(model, [layer]):
@@ -72,7 +73,7 @@ def rome(model: Model, split: Split, layer: int | Mask, values: Values = Values(
             rows.append(table.assign(change=update.norm().item(), weight=weight.norm().item()))
     record = {"method": "rome", "layer": layer, "values": asdict(values), "seed": seed, "split": split.record,
               "n_trained_on": len(requests), "ridge": ridge,
-              "covariance": {"n_tokens": covariance.n_tokens, "key": covariance.key}}
+              "covariance": {"names": names, "n_tokens": covariance.n_tokens, "key": covariance.key}}
     new = {f"{model.path('down', layer)}.weight": weight}
     return Edit.of(model, chosen, new, record, pd.concat(rows, ignore_index=True))
 

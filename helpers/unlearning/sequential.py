@@ -24,7 +24,7 @@ import torch
 from helpers.facts import Facts
 from helpers.masks import Mask, from_weights
 from helpers.models import Model
-from helpers.runs import progress
+from helpers.progress import progress
 from helpers.splits import Split
 from helpers.unlearning.edit import Edit, EditError
 from helpers.unlearning.evaluation import evaluate, summarize

@@ -120,7 +120,8 @@ def answer_term(model: Model, name: str, weight: float, prompts: PromptSet, obje
 
     def loss(hidden: torch.Tensor, mask: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
         missing = mask.shape[1] - hidden.shape[1]
-        last = hidden[torch.arange(len(rows), device=hidden.device), mask.sum(1) - 1 - missing]
+        # where a model is spread over devices, its last block may be on another one than the tokens
+        last = hidden[torch.arange(len(rows), device=hidden.device), mask.sum(1).to(hidden.device) - 1 - missing]
         logits = logits_of(model, last)
         return objective.loss(logits, targets[rows].to(logits.device))
 
@@ -132,7 +133,7 @@ def text_term(model: Model, weight: float, sequences: Sequences, drawn) -> Term:
 
     def loss(hidden: torch.Tensor, mask: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
         tokens, _ = sequences.batch(rows, hidden.device)
-        real = mask[:, 1:].bool()
+        real = mask[:, 1:].bool().to(hidden.device)
         each = F.cross_entropy(logits_of(model, hidden[:, :-1][real]), tokens[:, 1:][real], reduction="none")
         return torch.zeros(real.shape, dtype=each.dtype, device=each.device).masked_scatter(real, each).sum(1) / real.sum(1)
 

@@ -21,7 +21,7 @@ from safetensors.torch import save_file
 from helpers import provenance
 from helpers.chunks import is_out_of_memory
 from helpers.models import Model
-from helpers.runs import progress
+from helpers.progress import progress
 from helpers.unlearning.forward import hidden_states
 from helpers.unlearning.terms import Residuals, Term
 
@@ -40,7 +40,8 @@ class Settings:
     the result, and is halved by itself when memory runs out. `clip` None does not clip. `format`: the prompts
     trained on; `text_tokens`: how much of each text. `masters`: fp32 copies of bf16 weights.
     `autocast`: matrix products in bf16 over fp32 weights. `cache`: do shared work once, that is keep the
-    residual below the lowest masked block, and run the tokens that all prompts begin with once a chunk. `checkpoint_every`: steps between checkpoints, where a file is given.
+    residual below the lowest masked block, and run the tokens that all prompts begin with once a chunk. `recompute`:
+    gradient checkpointing, for less memory and more time. `checkpoint_every`: steps between checkpoints, where a file is given.
     """
 
     learning_rate: float = 1e-3
@@ -56,6 +57,7 @@ class Settings:
     masters: bool = True
     autocast: bool = False
     cache: bool = True
+    recompute: bool = False
     checkpoint_every: int = 10
 
     def __post_init__(self):
@@ -82,10 +84,12 @@ def train(model: Model, trained, terms: Sequence[Term], settings: Settings, labe
     warning says so; at step 0 it raises `TrainingError`. With a `checkpoint` file, training goes on from one of the same
     `identity` and reaches the bits of an uninterrupted run; one of another identity raises.
     """
+    if settings.recompute and trained.noisy:
+        raise TrainingError("recompute would draw dropout anew in the backward pass: take no dropout, or recompute=False")
     optimizer = torch.optim.AdamW(trained.tensors, lr=settings.learning_rate, weight_decay=0.0, fused=_can_fuse(trained.tensors))
     first, history = _resume(checkpoint, identity, trained, optimizer)
     with torch.autocast(model.device.type, torch.bfloat16, enabled=settings.autocast):
-        residuals = _prefixes(model, trained.lowest, terms, settings)
+        residuals = prefixes(model, trained.lowest, terms, settings)
     good, chunk = None, settings.chunk
     for step in progress(range(first, settings.steps), label):
         losses, chunk = _gradients(model, trained, optimizer, terms, residuals, step, chunk, settings)
@@ -120,7 +124,7 @@ def _gradients(model: Model, trained, optimizer, terms, residuals, step: int, ch
         trained.begin(step)
         optimizer.zero_grad()
         try:
-            losses = [_accumulate(model, trained, *pair, step, chunk, settings) for pair in zip(terms, residuals)]
+            losses = [accumulate(model, trained, *pair, step, chunk, settings) for pair in zip(terms, residuals)]
             return {term.name: loss for term, loss in zip(terms, losses)}, chunk
         except (RuntimeError, MemoryError) as error:
             if not is_out_of_memory(error) or chunk == 1:
@@ -130,19 +134,19 @@ def _gradients(model: Model, trained, optimizer, terms, residuals, step: int, ch
             torch.cuda.empty_cache()
 
 
-def _accumulate(model: Model, trained, term: Term, residuals: Residuals | None, step: int, chunk: int, settings: Settings) -> float:
+def accumulate(model: Model, trained, term: Term, residuals: Residuals | None, step: int, chunk: int, settings: Settings) -> float:
     """Add a term's gradient, chunk by chunk; its mean loss."""
     rows, counts = term.draws[step]
     share = counts * term.size[rows]
     share = (share / share.sum()).float()
     order = term.sequences.lengths[rows].argsort(stable=True)  # rows of like length together: less padding
     # noise drawn for a token must not be the same in every row
-    shared, total = term.shared if settings.cache and not trained.noisy else 0, 0.0
+    shared, total = term.shared if settings.cache and not (trained.noisy or settings.recompute) else 0, 0.0
     for part in order.split(chunk):
         tokens, mask = term.sequences.batch(rows[part], model.device)
         with torch.autocast(model.device.type, torch.bfloat16, enabled=settings.autocast):
             before = None if residuals is None else residuals.at(rows[part], tokens.shape[1])
-            hidden = hidden_states(model, tokens, mask, max(trained.lowest, 0), before, term.stop, shared)
+            hidden = hidden_states(model, tokens, mask, max(trained.lowest, 0), before, term.stop, shared, settings.recompute)
             loss = term.loss(hidden, mask, rows[part])
             loss = (loss * share[part].to(loss.device)).sum()
         if loss.requires_grad:  # a mask above RMU's layer reaches nothing
@@ -151,7 +155,7 @@ def _accumulate(model: Model, trained, term: Term, residuals: Residuals | None, 
     return total
 
 
-def _prefixes(model: Model, lowest: int, terms: Sequence[Term], settings: Settings) -> list[Residuals | None]:
+def prefixes(model: Model, lowest: int, terms: Sequence[Term], settings: Settings) -> list[Residuals | None]:
     """For each term what the blocks below the lowest trained one give, where a row comes more than once."""
     worth = settings.cache and lowest > 0
     return [Residuals(model, t.sequences, t.used, lowest if t.stop is None else min(lowest, t.stop), settings.chunk)

@@ -13,13 +13,19 @@ The regulariser can be had in two readings, because what was published does not 
 
                   published (as read in the code)              towards (the stated aim: few deletions)
     clamped       β · Σ|w| / Σ|w0|                             β · Σ|w0 − w| / Σ|w0|
-    explicit      min(β·(step − 15), β) · mean|m − 1|          the same, never negative
+    explicit      min(β·(step − 15), β) · mean|m − 1|          β · mean|m − 1|
     decay         of w or m, towards 0                         of w − w0 or m − 1, towards w0 or 1
 
 Published, `clamped` pushes every weight to 0 (since |w| ≤ |w0|, its gradient is just the opposite of the other's),
 and `explicit` first rewards distance from 1, fifteen times as strongly as it punishes it later. So unimportant
-weights are deleted as well, and the n smallest masks hold weights that neither the facts nor anything else needs;
-towards w0, a weight is deleted only where the facts gain from it.
+weights are deleted as well, and the n smallest masks hold weights that neither the facts nor anything else needs.
+Towards w0, β is a price: to delete a share s of the candidates costs β · s nats. A weight that is whole moves only
+where the facts gain more than that (an absolute value has no slope at 0, but no mask can rise above 1, so the slope
+from below is taken there; else every weight would leave 1 at the least gradient, and all would be deleted a little).
+
+Either way masks stay between 0 and 1, and a ladder cuts them: a weight that was learned at .9 is deleted all the same. With
+`hard` the model runs with the masks cut at ½ while they are learned, and gradients pass the cut as if it were not there
+(straight-through; Mallya et al. 2018, 1801.06519), so what is learned is what is deleted.
 """
 
 from __future__ import annotations
@@ -35,29 +41,31 @@ import torch
 from helpers.facts import Facts
 from helpers.masks import Mask
 from helpers.models import Model
+from helpers.progress import progress
 from helpers.provenance import text_hash
-from helpers.runs import progress
 from helpers.splits import Split
 from helpers.unlearning.finetune import build_terms, check_facts
-from helpers.unlearning.forward import hidden_states
 from helpers.unlearning.objectives import Objective
 from helpers.unlearning.objectives import objective as objective_of
-from helpers.unlearning.terms import Term
+from helpers.unlearning.terms import Residuals, Term
 from helpers.unlearning.texts import general_texts
-from helpers.unlearning.training import Settings, TrainingError
+from helpers.unlearning.training import Settings, TrainingError, accumulate, prefixes
 from helpers.unlearning.weights import MaskedWeights
 
+CUT = 0.5  # below it a mask counts as a deletion
 PARAMETRISATIONS, REGULARISERS = ("clamped", "explicit"), ("published", "towards")
 
 
 @dataclass(frozen=True)
 class Learning:
-    """How masks are learned. `strength` is β; `training` has the learning rate (cosine to 0), steps, batch and
-    weights of the terms; published are 50 steps, clip 1, a forget weight of 0.5 (edit) or 0.2 (unlearn)."""
+    """How masks are learned. `strength` is β; `hard`: see above (not published); `training` has the learning rate (cosine to
+    0), steps, batch and weights of the terms; published are 50 steps, clip 1, a forget weight of 0.5 (edit) or 0.2 (unlearn).
+    """
 
     parametrisation: str = "explicit"
     regulariser: str = "towards"
     strength: float = 1.5
+    hard: bool = False
     warmup: int = 15
     momentum: float = 0.9
     decay: float = 0.01
@@ -71,10 +79,9 @@ class Learning:
 
     def coefficient(self, step: int) -> float:
         """β at a step, counted from 0."""
-        if self.parametrisation == "clamped":
+        if self.parametrisation == "clamped" or self.regulariser == "towards":
             return self.strength
-        ramp = min(self.strength * (step - self.warmup), self.strength)
-        return ramp if self.regulariser == "published" else max(ramp, 0.0)
+        return min(self.strength * (step - self.warmup), self.strength)
 
 
 @dataclass(frozen=True, eq=False)
@@ -107,11 +114,12 @@ def learn(model: Model, split: Split, where: Mask, objective: str | Objective = 
     terms = build_terms(model, split, forget, objective, settings, texts, seed, where)
     rows, stopped = [], None
     with MaskedWeights(model, where) as trained:
+        residuals = prefixes(model, trained.lowest, terms, settings)
         first = [w.clone() for w in trained.tensors]
         free = [torch.ones_like(w) if explicit else w.clone() for w in first]
         optimizer = torch.optim.SGD(free, lr=settings.learning_rate, momentum=learning.momentum)
         for step in progress(range(settings.steps), f"{learning.parametrisation} weight masks"):
-            losses = _gradients(model, trained, terms, step, settings)
+            losses = _gradients(model, trained, terms, residuals, step, settings)
             for f, w, w0 in zip(free, trained.tensors, first):
                 f.grad = w.grad * w0 if explicit else w.grad
             penalty = _regularise(free, first, learning, step)
@@ -129,18 +137,18 @@ def learn(model: Model, split: Split, where: Mask, objective: str | Objective = 
             with torch.no_grad():
                 for f, w, w0 in zip(free, trained.tensors, first):
                     f.copy_(f.clamp(0, 1) if explicit else f.maximum(w0.clamp(max=0)).minimum(w0.clamp(min=0)))
-                    w.copy_(f * w0 if explicit else f)
+                    w.copy_(w0 * (_mask_of(f, w0, explicit) >= CUT) if learning.hard else f * w0 if explicit else f)
             trained.write()
             masks = torch.cat([_mask_of(f, w0, explicit).flatten() for f, w0 in zip(free, first)])
             rows.append({"step": step, **losses, "regulariser": penalty, "grad_norm": norm, "mean": masks.mean().item(),
-                         "deleted": (masks < 0.5).float().mean().item()})
+                         "deleted": (masks < CUT).float().mean().item()})
         values = {}
         for name, f, w0 in zip(where.entries, free, first):
             part = where.entries[name]
             m = _mask_of(f, w0, explicit).cpu()
             full = torch.ones(where.shapes[name])
             values[name] = m.view(full.shape) if part is None else full.masked_scatter_(part, m)
-    record = {"method": f"weight mask {learning.parametrisation} {learning.regulariser}",
+    record = {"method": f"weight mask {learning.parametrisation} {'hard' if learning.hard else learning.regulariser}",
               "objective": {"name": objective.name, **asdict(objective)}, "learning": asdict(learning), "seed": seed,
               "split": split.record, "n_trained_on": len(forget), "candidates": where.digest,
               "texts": {"n": len(texts), "hash": text_hash("\0".join(texts))[:16]}, "stopped": stopped}
@@ -154,15 +162,14 @@ def _mask_of(f: torch.Tensor, w0: torch.Tensor, explicit: bool) -> torch.Tensor:
 
 def _regularise(free: Sequence[torch.Tensor], first: Sequence[torch.Tensor], learning: Learning, step: int) -> float:
     """Add the regulariser's gradient to that of the loss; its value."""
-    c, total = learning.coefficient(step), 0.0
-    if learning.parametrisation == "explicit":
-        size, away = sum(f.numel() for f in free), [f - 1 for f in free]
-    else:
-        size = sum(w0.abs().sum().item() for w0 in first)
-        away = free if learning.regulariser == "published" else [f - w0 for f, w0 in zip(free, first)]
-    for f, distance in zip(free, away):
-        f.grad = f.grad + c / size * distance.sign()
-        total += c / size * distance.abs().sum().item()
+    explicit, published = learning.parametrisation == "explicit", learning.regulariser == "published"
+    size = sum(f.numel() if explicit else w0.abs().sum().item() for f, w0 in zip(free, first))
+    c, total = learning.coefficient(step) / size, 0.0
+    for f, w0 in zip(free, first):
+        whole = torch.ones_like(f) if explicit else w0
+        distance = f if published and not explicit else f - whole
+        f.grad = f.grad + c * (distance.sign() if published else -whole.sign())
+        total += c * distance.abs().sum().item()
     return total
 
 
@@ -173,23 +180,11 @@ def _decay(free: Sequence[torch.Tensor], first: Sequence[torch.Tensor], learning
         f.grad = f.grad + learning.decay * (f - origin)
 
 
-def _gradients(model: Model, trained: MaskedWeights, terms: Sequence[Term], step: int,
+def _gradients(model: Model, trained: MaskedWeights, terms: Sequence[Term], residuals: Sequence[Residuals | None], step: int,
                settings: Settings) -> dict[str, float]:
     """Losses of the terms; the gradient of their weighted sum is on `trained.tensors`."""
     trained.begin(step)
     for tensor in trained.tensors:
         tensor.grad = torch.zeros_like(tensor)
-    losses = {}
-    for term in terms:
-        rows, counts = term.draws[step]
-        share = (counts * term.size[rows] / (counts * term.size[rows]).sum()).float()
-        losses[term.name] = 0.0
-        for part in term.sequences.lengths[rows].argsort(stable=True).split(settings.chunk):
-            tokens, mask = term.sequences.batch(rows[part], model.device)
-            with torch.autocast(model.device.type, torch.bfloat16, enabled=settings.autocast):
-                hidden = hidden_states(model, tokens, mask, stop=term.stop)
-                loss = (term.loss(hidden, mask, rows[part]) * share[part].to(hidden.device)).sum()
-            if loss.requires_grad:
-                (term.weight * loss).backward()
-            losses[term.name] += loss.item()
-    return losses
+    losses = [accumulate(model, trained, term, before, step, settings.chunk, settings) for term, before in zip(terms, residuals)]
+    return {term.name: loss for term, loss in zip(terms, losses)}

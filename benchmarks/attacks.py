@@ -1,0 +1,122 @@
+"""Seconds of every attack on one edit of 64 athletes, and probes of all layers at once against a loop of scikit-learn.
+
+    python -m benchmarks.attacks
+    python -m benchmarks.attacks --profiles quick --out runs/benchmarks/quick.json
+
+The probes read the residual stream of the edited model at two positions of every layer. The loop standardises and fits
+scikit-learn's LogisticRegression to one of them after the other, as one would without this package; both are judged on facts
+that neither was fitted to, and must read as many of them.
+"""
+
+from __future__ import annotations
+
+import argparse
+import time
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import torch
+from sklearn.linear_model import LogisticRegression
+from sklearn.pipeline import make_pipeline
+from sklearn.preprocessing import StandardScaler
+
+from benchmarks.report import judge, save
+from helpers import attacks, facts
+from helpers.attacks.latent import states
+from helpers.attacks.rows import applied
+from helpers.localization import probes
+from helpers.masks import mask
+from helpers.models import Model, load_model
+from helpers.splits import Split, split
+from helpers.unlearning.edit import Edit
+from helpers.unlearning.finetune import finetune, questions
+from helpers.unlearning.training import Settings
+
+Data = tuple[torch.Tensor, list[str], torch.Tensor, list[str]]
+
+LOOP = "scikit-learn, one by one"
+SECONDS_BARS = {"quick": 45.0, "standard": 300.0}  # all attacks of a profile, on two cores
+SHARE_BARS = (1 / 5, 1 / 10)  # of the loop's seconds: bar, aim
+EQUAL = 0.01  # the most by which accuracies may differ, on average over layers
+
+
+def seconds(model: Model, edit: Edit, split: Split, profile: str, seed: int = 0) -> pd.DataFrame:
+    """One row an attack of the profile, and one for all together: `seconds`, number of `settings` and of `rows`."""
+    table = []
+    for name, attack in attacks.ATTACKS.items():
+        if getattr(attack, profile) is None:
+            continue
+        start = time.perf_counter()
+        rows = attacks.run(model, edit, split, profile, only=[name], seed=seed)
+        spent = time.perf_counter() - start
+        table.append({"profile": profile, "attack": name, "seconds": spent, "settings": rows["setting"].nunique(), "rows": len(rows)})
+    table = pd.DataFrame(table)
+    total = table[["seconds", "settings", "rows"]].sum()
+    every = pd.DataFrame([{"profile": profile, "attack": "all", **total, "bar": judge(total["seconds"], SECONDS_BARS.get(profile))}])
+    return pd.concat([table, every.astype({"settings": int, "rows": int})], ignore_index=True)
+
+
+def features(model: Model, edit: Edit | None, split: Split) -> Data:
+    """Residual stream of the edited model (n, probe, d_model) and answers of the retain facts: to fit to, and to read."""
+    found = []
+    with applied(model, edit):
+        for kept in (split.retain_train, split.retain_test):
+            found += [states(model, questions(model, kept, split, "one_shot")).flatten(1, 2), [f.answer for f in kept]]
+    return tuple(found)
+
+
+def loop(train: torch.Tensor, labels: list[str], held: torch.Tensor, held_labels: list[str]) -> np.ndarray:
+    """(probe,) accuracy of scikit-learn's regressions, fitted one after the other."""
+    found = []
+    for one, other in zip(train.unbind(1), held.unbind(1)):
+        fit = make_pipeline(StandardScaler(), LogisticRegression(max_iter=1000)).fit(one.numpy(), labels)
+        found.append(fit.score(other.numpy(), held_labels))
+    return np.array(found)
+
+
+def at_once(train: torch.Tensor, labels: list[str], held: torch.Tensor, held_labels: list[str]) -> np.ndarray:
+    """(probe,) accuracy of `probes.fit`."""
+    return probes.fit(train, labels).accuracy(held, held_labels).numpy()
+
+
+def compare(data: Data, repeats: int = 3) -> pd.DataFrame:
+    """One row a way of fitting, from `features`: `seconds` (median of repeats that take turns), mean `accuracy` over probes.
+
+    `largest`: by how much the accuracy of a probe differs from the loop's at most; `share`: of the loop's seconds. Raises
+    AssertionError where the mean accuracies differ by more than EQUAL.
+    """
+    ways = {LOOP: loop, "all at once": at_once}
+    accuracy, spent = {}, {name: [] for name in ways}
+    for _ in range(repeats):
+        for name, fit in ways.items():
+            start = time.perf_counter()
+            accuracy[name] = fit(*data)
+            spent[name].append(time.perf_counter() - start)
+    means = {name: found.mean() for name, found in accuracy.items()}
+    if max(means.values()) - min(means.values()) > EQUAL:
+        raise AssertionError(f"the two ways of fitting do not read equally well: {means}")
+    table = pd.DataFrame([{"probes": name, "seconds": np.median(spent[name]), "accuracy": means[name],
+                           "largest": np.abs(accuracy[name] - accuracy[LOOP]).max()} for name in ways])
+    table["share"] = table["seconds"] / table["seconds"][0]
+    return table.assign(bar=["", judge(table["share"][1], *SHARE_BARS)])
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--model", default="tiny-llama3", help="bundled name, folder or hub id")
+    parser.add_argument("--profiles", nargs="+", choices=attacks.PROFILES, default=["quick", "standard"])
+    parser.add_argument("--units", nargs="+", default=["mlp 1", "mlp 2"], help="what the edit trains")
+    parser.add_argument("--facts", type=int, default=64, help="how many athletes are edited")
+    parser.add_argument("--repeats", type=int, default=3, help="of the probes")
+    parser.add_argument("--out", type=Path, default=Path("runs/benchmarks/attacks.json"))
+    args = parser.parse_args()
+    model, given = load_model(args.model), split(facts.load("athletes"), f"first-{args.facts}")
+    edit = finetune(model, given, mask(model, args.units), "edit", Settings())
+    tables = {"probes": compare(features(model, edit, given), args.repeats),
+              "attacks": pd.concat([seconds(model, edit, given, profile) for profile in args.profiles], ignore_index=True)}
+    save(args.out, tables, **{key: str(value) for key, value in vars(args).items()})
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,208 @@
+"""Hyper-parameters by name, and the real models that they are for.
+
+    given = settings("paper", "google/gemma-2-9b", "athletes", "lookup", Settings())     # what the paper trained with
+    source("paper", "google/gemma-2-9b", "athletes", "lookup")                           # where that comes from
+    layers(model, "athletes", "attribution MLPs")                                        # what the paper trained
+
+A preset is `""` (the defaults), `"paper"` (published; `data/presets.yaml`) or `"tuned"` (found here on practice facts;
+`data/tuned.yaml`, model -> task -> mask -> fields of `Settings`, where it has them). Published settings are never stretched: what the
+paper did not train raises `PresetError` with a list of what it did. One exception is stated by `source`: a window of MLPs, the control
+for depth that the paper lacks, gets the rate of the lookup MLPs, as the paper gave it to every choice of MLPs.
+"""
+
+from __future__ import annotations
+
+import argparse
+import re
+from dataclasses import asdict, fields, replace
+from pathlib import Path
+
+import pandas as pd
+import yaml
+from transformers import AutoConfig, PreTrainedConfig
+
+from helpers import memory, selection
+from helpers.facts import DATA
+from helpers.masks import Mask, mask
+from helpers.models import Model
+from helpers.unlearning.training import Settings
+
+NAMES = ("", "paper", "tuned")
+WINDOW = r"MLP \d+-\d+"
+TUNED = DATA / "tuned.yaml"
+# our names of localizations -> those of the paper
+METHODS = {"lookup": "flu", "attribution": "ap", "attribution MLPs": "ap-mlps", "causal tracing": "ct", "causal tracing MLPs": "ct-mlps"}
+RATE = 3e14  # multiplications and additions a second that estimated minutes assume
+
+
+class PresetError(ValueError):
+    """A preset that does not exist, or has nothing for this model, task and mask; the message lists what there is."""
+
+
+def settings(preset: str, model_name: str, task: str, mask_name: str, defaults: Settings) -> Settings:
+    """`defaults` with what the preset says for this model, task and mask.
+
+    `model_name`: hub id, folder or bundled name. `task`: see `task_of`. `mask_name`: as in `localization.choices.NAMES`, or a window
+    of MLPs. Raises `PresetError`.
+    """
+    return replace(defaults, **_find(preset, model_name, task, mask_name)[0])
+
+
+def source(preset: str, model_name: str, task: str, mask_name: str) -> str:
+    """Where the settings of a preset come from, in words, for a table or a caption. Raises `PresetError`."""
+    return _find(preset, model_name, task, mask_name)[1]
+
+
+def task_of(facts: str, forget: str, objective: str = "edit") -> str:
+    """The task that facts, a forget spec (`first-64`, `answer-golf`) and an objective make; what the paper did not do is named by both."""
+    kind, _, n = forget.partition("-")
+    if "counterfact" in facts and forget in ("first-16", "first-64"):
+        return f"counterfact-{n}"
+    if "athletes" in facts and (kind == "answer" or forget in ("first-16", "first-64")):
+        names = ("athletes", "whole-sport") if objective == "edit" else ("unlearn-athletes", "unlearn-sport")
+        return names[kind == "answer"]
+    return f"{facts} {forget}"
+
+
+def identify(model_name: str) -> str | None:
+    """The name in `data/presets.yaml` of a hub id or of a folder that is called like one; None for any other model."""
+    last = Path(model_name).name.lower()
+    for name, entry in _read()["models"].items():
+        if last in {name, *(Path(hub).name.lower() for hub in entry["hub"])}:
+            return name
+    return None
+
+
+def config(name: str, width: float = 1.0) -> PreTrainedConfig:
+    """The architecture of a model in `data/presets.yaml`, for a skeleton or for random weights: no hub is needed.
+
+    `width` below 1 makes every matrix and the vocabulary narrower, with as many layers and heads. Raises `PresetError`.
+    """
+    known = _read()["models"]
+    if name not in known:
+        raise PresetError(f"no model {name!r} among the presets; there are {', '.join(known)}")
+    given = known[name]["config"]
+    if width != 1.0:
+        part = lambda size, unit: max(1, round(size * width / unit)) * unit
+        heads = given["num_attention_heads"]
+        narrow = {"hidden_size": part(given["hidden_size"], 8 * heads), "intermediate_size": part(given["intermediate_size"], 8),
+                  "vocab_size": max(2048, part(given["vocab_size"], 8))}
+        if given["model_type"] != "gpt_neox":  # whose heads follow from the width
+            narrow["head_dim"] = part(given.get("head_dim", given["hidden_size"] // heads), 8)
+        if "query_pre_attn_scalar" in given:
+            narrow["query_pre_attn_scalar"] = narrow["head_dim"]
+        given = {**given, **narrow}
+    return AutoConfig.for_model(**given)
+
+
+def layers(model: Model, task: str, mask_name: str) -> Mask:
+    """The layers that the paper trained, for a model of the very shape. Raises `PresetError`, or `SelectionError` for another shape."""
+    name = _published_name(model.name)
+    where = _read()["tasks"].get(task, {}).get("layers")
+    if mask_name not in METHODS or where is None:
+        raise PresetError(f"no published layers for {name}, task {task!r}, mask {mask_name!r}; there are masks {', '.join(METHODS)} and "
+                          f"tasks {', '.join(task for task, entry in _read()['tasks'].items() if 'layers' in entry)}")
+    return replace(selection.preset(model, name, where, METHODS[mask_name]), name=mask_name)
+
+
+def published() -> pd.DataFrame:
+    """Every published pair of learning rate and forget weight: columns model, task, masks, learning_rate, forget_weight."""
+    data = _read()
+    rows = [{"model": model, "task": task, "masks": ", ".join(data["groups"][group]), "learning_rate": rate, "forget_weight": weight}
+            for model, tasks in data["published"].items() for task, groups in tasks.items() for group, (rate, weight) in groups.items()]
+    return pd.DataFrame(rows)
+
+
+def models() -> pd.DataFrame:
+    """The models of `data/presets.yaml`: access, whether the paper trained them, and what an edit takes, with how that is known."""
+    data, rows = _read(), []
+    for name, entry in data["models"].items():
+        costs = {f"{what}, {chosen} (estimated)": cost[what] for chosen, cost in entry["estimated"].items() for what in cost}
+        costs |= {f"{what} (authors)": cost for what, cost in entry.get("reported", {}).items()}
+        access = {"hub": entry["hub"][0], "gated": entry["gated"], "dtype": "bfloat16"}
+        rows.append({"model": name, **access, "published settings": name in data["published"], **costs})
+    return pd.DataFrame(rows)
+
+
+def likely_lookup(model: Model) -> Mask:
+    """MLPs about where fact lookup was published, for estimates and timings: as deep and as many as in Gemma-2-9B, in proportion."""
+    first, count = max(1, model.n_layers // 16), max(2, model.n_layers // 8)
+    return mask(model, [f"mlp {layer}" for layer in range(first, first + count)], "lookup")
+
+
+def expected(name: str, mask_name: str = "lookup") -> memory.Estimate:
+    """What an edit of this model takes with a mask (`lookup` or `everything`), counted anew. Raises `PresetError`."""
+    bare = memory.skeleton(config(name))
+    if mask_name == "everything":
+        chosen = selection.everything(bare)
+    else:
+        chosen = selection.preset(bare, name, "sports", "flu") if name in selection.SHAPES else likely_lookup(bare)
+    return memory.of_edit(bare, chosen, Settings(chunk=_read()["models"][name]["chunk"]))
+
+
+def _find(preset: str, model_name: str, task: str, mask_name: str) -> tuple[dict, str]:
+    """(fields of `Settings` that differ from the defaults, where they come from)."""
+    if preset not in NAMES:
+        raise PresetError(f"preset {preset!r}: there are {', '.join(map(repr, NAMES))}")
+    if preset == "paper":
+        return _paper(_published_name(model_name), task, mask_name)
+    if preset == "tuned":
+        return _tuned(identify(model_name) or model_name, task, mask_name)
+    return {}, "defaults"
+
+
+def _published_name(model_name: str) -> str:
+    name, data = identify(model_name), _read()
+    if name in data["published"]:
+        return name
+    known = "is known here, but the paper did not train it" if name else "is not among the presets"
+    raise PresetError(f"no published settings for {model_name}: it {known}. There are some for {', '.join(data['published'])}; "
+                      "take the preset '' (defaults) or 'tuned'")
+
+
+def _paper(name: str, task: str, mask_name: str) -> tuple[dict, str]:
+    data = _read()
+    tasks = data["published"][name]
+    window = re.fullmatch(WINDOW, mask_name) is not None
+    group = "lookup" if window else next((group for group, members in data["groups"].items() if mask_name in members), None)
+    if task not in tasks or group is None:
+        masks = [member for members in data["groups"].values() for member in members]
+        raise PresetError(f"{name}: nothing published for task {task!r} with mask {mask_name!r}; tasks are {', '.join(tasks)}, "
+                          f"masks {', '.join(masks)}")
+    rate, weight = tasks[task][group]
+    found = {**data["training"], **data["tasks"][task]["settings"], "learning_rate": rate, "forget_weight": weight}
+    said = "published (arXiv 2410.12949)" + (": the rate of lookup; the paper has no windows" if window else "")
+    return {**found, "chunk": data["models"][name]["chunk"]}, said
+
+
+def _tuned(name: str, task: str, mask_name: str) -> tuple[dict, str]:
+    if not TUNED.is_file():
+        return {}, f"defaults: there is no {TUNED.name}"
+    found = yaml.safe_load(TUNED.read_text(encoding="utf-8")) or {}
+    for key in (name, task, mask_name):
+        found = found.get(key)
+        if not found:
+            return {}, f"defaults: {TUNED.name} has nothing for {name}, {task}, {mask_name}"
+        if not isinstance(found, dict):
+            raise PresetError(f"{TUNED.name}: {key!r} holds {found!r}; expected model -> task -> mask -> settings")
+    found = dict(found)
+    how = found.pop("provenance", {})  # `helpers.tuned` notes there how the values were found
+    unknown = set(found) - {field.name for field in fields(Settings)}
+    if unknown:
+        raise PresetError(f"{TUNED.name}: {name}, {task}, {mask_name} has {', '.join(sorted(unknown))}; fields are "
+                          f"{', '.join(asdict(Settings()))}")
+    return found, f"tuned here ({TUNED.name})" + (f": best of {how['trials']} trials" if "trials" in how else "")
+
+
+def _read() -> dict:
+    return yaml.safe_load((DATA / "presets.yaml").read_text(encoding="utf-8"))
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description="What an edit of each model takes, as data/presets.yaml states it.")
+    parser.add_argument("names", nargs="*", help="models; all by default")
+    for model in parser.parse_args().names or _read()["models"]:
+        for which in ("lookup", "everything"):
+            found = expected(model, which)
+            minutes = found.work * Settings().steps / RATE / 60
+            print(f"{model:14}{which:12}{found.total / memory.GIB:8.1f} GiB{minutes:8.2f} minutes", flush=True)

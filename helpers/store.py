@@ -1,0 +1,240 @@
+"""The store: what runs left on disk, as one table. Parquet per run, read with DuckDB.
+
+    rows = read("runs")                                        # a pandas table, one value a row: SCHEMA
+    rows = read("runs", "data/results/reference.parquet", model="tiny-llama3", attack=["none", "worst"])
+    relation("runs").aggregate("method, localization, avg(value)").df()      # the same rows, for SQL
+    runs("runs")                                               # one row a run, also those that failed or never ended
+
+    python -m helpers.store pack runs data/results/reference.parquet        # all finished runs in one file, to commit or send
+
+Columns: `run` (notebook and parameters, hashed), `model`, `facts`, `n` (facts edited), `seed`, `localization`, `layers`, `method`,
+`attack`, `setting`, `fact`, `measure`, `value` as `helpers.results` and `data/claims.yaml` explain them; then where the value comes
+from: `notebook`, `commit` (ends in "-dirty" where files differed from it), `code` (hash), `started` (UTC), `machine`, `stale`.
+
+Rows come from the `results.parquet` of finished runs (`run.result` in a notebook). Those that older code made, or other data
+or weights than there are now, are there too, with `stale` set: it is for the reader of the rows to leave them out.
+`read` is safe while runs are made: writers replace whole files, and a run that starts anew during the reading is not taken.
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import json
+import sys
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import duckdb
+import pandas as pd
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from helpers import claims, provenance
+
+ROWS = dict.fromkeys([*claims.COLUMNS, "layers", "setting"], "VARCHAR") | {"n": "BIGINT", "seed": "BIGINT", "value": "DOUBLE"}
+ORIGIN = {"notebook": "VARCHAR", "commit": "VARCHAR", "code": "VARCHAR", "started": "VARCHAR", "machine": "VARCHAR"}
+SCHEMA = ROWS | ORIGIN | {"stale": "BOOLEAN"}
+PACKED = [*ROWS, *ORIGIN, "uses"]
+RUN_COLUMNS = ["run", *ORIGIN, "state", "error", "minutes", "memory_gb", "parameters", "uses", "folder"]
+LISTINGS = 5
+OLD = ".old"  # ends the folder of a finished run that is being run again
+
+
+class StoreError(ValueError):
+    """There is no store at a place, or it has no such column; the message says what there is."""
+
+
+class Present:
+    """Code and inputs as they are now, each hashed once: hundreds of runs share a notebook and its weights."""
+
+    def __init__(self, notebooks: Path | None = None) -> None:
+        folder = notebooks or provenance.project_root() / "notebooks"
+        self.digest = cache(provenance.content_hash)
+        self.code = cache(lambda notebook, place=folder: provenance.code_hash(notebook, place))
+
+    def is_stale(self, notebook: str, code: str, uses: str) -> bool:
+        """Whether a run's code or inputs (JSON: path → content hash) have changed. Inputs that are not on this machine cannot tell."""
+        gone = provenance.changed(json.loads(uses), self.digest)
+        return code != self.code(notebook) or any((provenance.project_root() / path).exists() for path in gone)
+
+
+def read(*sources: Path | str, notebooks: Path | None = None, **where: Any) -> pd.DataFrame:
+    """The rows of finished runs in SCHEMA, those whose columns have the value, or one of the values, in `where`.
+
+    `sources`: folders of runs, files made by `pack`. Of a run that is in several, the one started last counts.
+    `notebooks`: their folder, if it is not the project's. Raises StoreError.
+    """
+    return _table(sources, notebooks, SCHEMA, where).to_pandas()
+
+
+def relation(*sources: Path | str, notebooks: Path | None = None, **where: Any) -> duckdb.DuckDBPyRelation:
+    """The rows of `read` as a DuckDB relation, for SQL. Raises StoreError."""
+    return duckdb.from_arrow(_table(sources, notebooks, SCHEMA, where))
+
+
+def runs(out: Path | str, notebooks: Path | None = None) -> pd.DataFrame:
+    """One row a run in a folder of runs: what became of it, how long it took, and where it came from.
+
+    `state`: finished, failed (with `error`), or unfinished. Columns that a run lacks are empty. Raises StoreError.
+    """
+    present = Present(notebooks)
+    table = pd.DataFrame(list(_folders(Path(out))), columns=RUN_COLUMNS)
+    finished = table["state"] == "finished"
+    codes = zip(table["notebook"], table["code"], table["uses"])
+    return table.assign(stale=[bool(known and present.is_stale(*key)) for known, key in zip(finished, codes)])
+
+
+def pack(sources: Sequence[Path | str], target: Path, notebooks: Path | None = None) -> int:
+    """Write the rows of finished runs, with all that is needed to read them, to one Parquet file; returns their number."""
+    table = _table(sources, notebooks, PACKED, {})
+    provenance.write_atomic(target, lambda path: pq.write_table(table, path, compression="zstd"))
+    return len(table)
+
+
+def _table(sources: Sequence[Path | str], notebooks: Path | None, columns: Iterable[str], where: Mapping[str, Any]) -> pa.Table:
+    if unknown := sorted(set(where) - set(SCHEMA)):
+        raise StoreError(f"no column {', '.join(unknown)}; there are {', '.join(SCHEMA)}")
+    still: list = []
+    for attempt in itertools.count():
+        # in the end without those that always start anew
+        found, failure = _listed(sources) if attempt < LISTINGS else still, None
+        with duckdb.connect() as connection:
+            try:
+                rows = _everything(connection, found, notebooks)
+                for column, wanted in where.items():
+                    values = [wanted] if isinstance(wanted, str) or not isinstance(wanted, Sequence) else wanted
+                    rows = rows.filter(duckdb.ColumnExpression(column).isin(*map(duckdb.ConstantExpression, values)))
+                table = rows.project(", ".join(columns)).to_arrow_table()
+            except duckdb.Error as error:
+                failure = error
+        still = [(path, runs and [run for run in runs if _stamp(Path(run["folder"])) == run["stamp"]]) for path, runs in found]
+        # what started anew meanwhile may have been read in part
+        if still == found and failure:
+            raise failure
+        if still == found:
+            return table
+
+
+def _folders(out: Path) -> Iterator[dict[str, Any]]:
+    """The runs of a folder, in order."""
+    if not out.is_dir():
+        raise StoreError(f"no runs at {out}: give a folder that a sweep or a notebook wrote to, or a file made by pack")
+    for file in sorted(out.glob("*/*/provenance.json")):
+        folder = file.parent
+        newer = folder.with_suffix("") if folder.suffix == OLD else None
+        stamp = _stamp(folder)  # before what it stands for is read
+        made, done, failed = (note(folder / f"{name}.json") for name in ("provenance", "done", "failed"))
+        if made is None or (newer and (newer / "done.json").exists()):
+            continue
+        git = made["git"] or {"commit": "", "dirty": False}
+        yield {
+            "run": folder.name.removesuffix(OLD),
+            "notebook": made["notebook"],
+            "commit": git["commit"] + ("-dirty" if git["dirty"] else ""),
+            "code": made["code"],
+            "started": made["started"],
+            "machine": f"{made['platform']}, {made['device']}, {made['threads']} threads",
+            "state": "finished" if done else "failed" if failed else "unfinished",
+            "error": (failed or {}).get("error", "") if not done else "",
+            "minutes": (done or {}).get("minutes"),
+            "memory_gb": (done or {}).get("memory_gb"),
+            "parameters": json.dumps(note(folder / "parameters.json") or {}),
+            "uses": json.dumps((done or made)["uses"], sort_keys=True),
+            "folder": str(folder),
+            "stamp": stamp,
+        }
+
+
+def _stamp(folder: Path) -> tuple[int, int] | None:
+    """Changes whenever the run in a folder finishes; None where it has not."""
+    try:
+        found = (folder / "done.json").stat()
+    except FileNotFoundError:
+        return None
+    return found.st_ino, found.st_mtime_ns
+
+
+def note(path: Path) -> dict[str, Any] | None:
+    """What a JSON file of a run says; None where there is none, or where a crash of the machine has left none of it."""
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (FileNotFoundError, json.JSONDecodeError):
+        return None
+
+
+def _listed(sources: Sequence[Path | str]) -> list[tuple[Path, list[dict[str, Any]] | None]]:
+    """Each source with its finished runs that have rows; None for a packed file."""
+    has_rows = lambda run: run["state"] == "finished" and Path(run["folder"], "results.parquet").exists()
+    return [(path, None if path.is_file() else [run for run in _folders(path) if has_rows(run)]) for path in map(Path, sources)]
+
+
+def _everything(
+    connection: duckdb.DuckDBPyConnection, sources: Sequence[tuple[Path, list[dict[str, Any]] | None]], notebooks: Path | None
+) -> duckdb.DuckDBPyRelation:
+    """Rows with ORIGIN, `uses` and `stale`, ordered by source and run as they were written."""
+    columns = [f"CAST({name} AS {kind}) AS {name}" for name, kind in ROWS.items() if name != "run"]
+    # a column that a file lacks is empty
+    connection.execute(f"CREATE TABLE template ({', '.join(f'{name} {kind}' for name, kind in ROWS.items())})")
+    parts, origins = [], []
+    for number, (path, finished) in enumerate(sources):
+        if finished is None:
+            files, run = [str(path)], "run"
+            origins += _packed(connection, path, number)
+        else:
+            files, run = [str(Path(run["folder"], "results.parquet")) for run in finished], "parse_filename(parse_dirpath(filename))"
+            origins += [run | {"source": number} for run in finished]
+        if files:
+            listed = ", ".join("'" + file.replace("'", "''") + "'" for file in files)
+            rows = f"SELECT * FROM read_parquet([{listed}], union_by_name = true, filename = true, file_row_number = true)"
+            parts.append(f"SELECT {number} AS source, replace({run}, '{OLD}', '') AS run, file_row_number, {', '.join(columns)} "
+                         f"FROM (SELECT * FROM template UNION ALL BY NAME {rows})")
+    connection.register("origin", _chosen(origins, Present(notebooks)))
+    parts = parts or [f"SELECT 0 AS source, run, 0 AS file_row_number, {', '.join(columns)} FROM template"]
+    rows = " UNION ALL ".join(parts)
+    return connection.sql(f"SELECT * FROM ({rows}) JOIN origin USING (source, run) ORDER BY source, run, file_row_number")
+
+
+def _packed(connection: duckdb.DuckDBPyConnection, file: Path, number: int) -> list[dict[str, Any]]:
+    """Where the rows of a packed file come from, a run each."""
+    try:
+        rows = connection.read_parquet(str(file)).project(", ".join(["run", *ORIGIN, "uses"])).distinct().fetchall()
+    except duckdb.Error as error:
+        raise StoreError(f"{file} is no file made by pack: {str(error).splitlines()[0]}") from None
+    return [dict(zip(["run", *ORIGIN, "uses"], row)) | {"source": number} for row in rows]
+
+
+def _chosen(origins: list[dict[str, Any]], present: Present) -> pa.Table:
+    """Of each run the origin that started last, with `stale`."""
+    latest: dict[str, dict[str, Any]] = {}
+    for origin in origins:
+        if origin["run"] not in latest or origin["started"] > latest[origin["run"]]["started"]:
+            latest[origin["run"]] = origin
+    stale = cache(present.is_stale)
+    names = ["run", *ORIGIN, "uses"]
+    schema = pa.schema([("source", pa.int32()), *((name, pa.string()) for name in names), ("stale", pa.bool_())])
+    rows = [{**{name: run[name] for name in ("source", *names)}, "stale": stale(run["notebook"], run["code"], run["uses"])}
+            for run in latest.values()]
+    return pa.Table.from_pylist(rows, schema=schema)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """The command line; returns the exit status (2: nothing was written)."""
+    parser = argparse.ArgumentParser(prog="python -m helpers.store", description="Put all finished runs into one Parquet file.")
+    parser.add_argument("action", choices=["pack"])
+    parser.add_argument("sources", nargs="+", help="folders of runs, packed files")
+    parser.add_argument("target", type=Path)
+    options = parser.parse_args(arguments)
+    try:
+        count = pack(options.sources, options.target)
+    except StoreError as error:
+        print(error, file=sys.stderr)
+        return 2
+    print(f"{count:,} rows, {options.target.stat().st_size / 2**20:.2f} MiB in {options.target}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

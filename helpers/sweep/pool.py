@@ -1,0 +1,159 @@
+"""Notebooks side by side on this machine, each in a process group of its own, so that any of them can be killed whole.
+
+On Linux the processes are forked from one that has the heavy packages imported (`warm`); elsewhere they start cold, because
+forking after such imports is not safe there.
+"""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import shutil
+import signal
+import sys
+import tempfile
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from multiprocessing import connection
+from multiprocessing.process import BaseProcess
+from pathlib import Path
+
+import psutil
+
+from helpers.progress import HEADLESS_VARIABLE
+from helpers.sweep.execution import attempt
+from helpers.sweep.plan import Task
+
+WARM = sys.platform == "linux"
+USUAL_GB = 2.0  # of main memory, for a run on a tiny model
+THREAD_VARIABLES = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS", "NUMEXPR_NUM_THREADS")
+
+
+def n_cores() -> int:
+    """Cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def gpus() -> list[str]:
+    """Names of the NVIDIA GPUs that this process may use, found without importing torch."""
+    if "CUDA_VISIBLE_DEVICES" in os.environ:
+        return [name for name in os.environ["CUDA_VISIBLE_DEVICES"].split(",") if name.strip() not in ("", "-1")]
+    return [str(number) for number, _ in enumerate(Path("/proc/driver/nvidia/gpus").glob("*"))]
+
+
+def n_workers(n_gpus: int, cpus: int, memory_gb: float) -> int:
+    """How many runs of so many cores and so much memory (NaN: unknown) fit side by side; one a GPU if there are any."""
+    needed = memory_gb if memory_gb == memory_gb else USUAL_GB
+    return max(1, min(n_gpus or n_cores() // cpus, int(psutil.virtual_memory().available / 1e9 / needed)))
+
+
+@dataclass(eq=False)
+class Running:
+    """A run under way. `slot` is the lowest number that was free: it says which GPU is its own."""
+
+    task: Task
+    slot: int
+    process: BaseProcess
+    result: connection.Connection
+    deadline: float
+
+
+class Pool:
+    """Runs tasks in processes, at most `workers` at a time, each with `threads` threads and `minutes` of time.
+
+    `gpus`: names for CUDA_VISIBLE_DEVICES; worker number i sees the i-th alone (empty: what this process sees).
+    Leaving the `with` block kills what still runs.
+    """
+
+    def __init__(self, workers: int, threads: int = 1, minutes: float | None = None, gpus: Sequence[str] = (), warm: bool = WARM) -> None:
+        self.workers, self.threads, self.minutes, self.gpus, self.warm = workers, threads, minutes, list(gpus), warm
+        self._running: list[Running] = []
+        self._context = multiprocessing.get_context("forkserver" if warm else "spawn")
+        # short, so that kernels can have their sockets in it
+        self._sockets = tempfile.mkdtemp(prefix="mu-")
+
+    def __enter__(self) -> Pool:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        for running in self._running:
+            _kill(running.process)
+        shutil.rmtree(self._sockets, ignore_errors=True)
+
+    @property
+    def free(self) -> int:
+        """How many more tasks can be started now."""
+        return self.workers - len(self._running)
+
+    def start(self, task: Task) -> None:
+        slot = min(set(range(self.workers)) - {running.slot for running in self._running})
+        env = self._environment(slot)
+        result, theirs = self._context.Pipe(duplex=False)
+        arguments = (task.notebook, task.folder, task.given, env, self.warm, theirs)
+        process = self._context.Process(target=attempt, args=arguments)
+        if self.warm:
+            self._context.set_forkserver_preload(["helpers.sweep.warm"])
+        with _environ(env):  # threads are set before anything is imported
+            process.start()
+        theirs.close()
+        deadline = time.monotonic() + (self.minutes * 60 if self.minutes else float("inf"))
+        self._running.append(Running(task, slot, process, result, deadline))
+
+    def wait(self, seconds: float) -> list[tuple[Task, str]]:
+        """Tasks that ended within so many seconds, each with what went wrong (empty if nothing did). Returns at the first."""
+        now = time.monotonic()
+        until = min([now + seconds, *(running.deadline for running in self._running)])
+        ready = connection.wait([running.result for running in self._running], max(0, until - now))
+        ended = []
+        for running in list(self._running):
+            if running.result in ready:
+                ended.append((running.task, _error(running)))
+            elif time.monotonic() >= running.deadline:
+                ended.append((running.task, f"stopped after {self.minutes:g} minutes, the time limit of a run"))
+            else:
+                continue
+            _kill(running.process)
+            running.result.close()
+            self._running.remove(running)
+        return ended
+
+    def _environment(self, slot: int) -> dict[str, str]:
+        """Variables of a run that are set before it imports anything."""
+        search = os.pathsep.join(filter(None, [str(Path(__file__).parents[2]), os.environ.get("PYTHONPATH", "")]))
+        own = {"PYTHONPATH": search, "JUPYTER_RUNTIME_DIR": self._sockets, HEADLESS_VARIABLE: "1",
+               # matplotlib may be imported before the kernel that draws is there to choose
+               "MPLBACKEND": "module://matplotlib_inline.backend_inline"}
+        gpu = {"CUDA_VISIBLE_DEVICES": self.gpus[slot % len(self.gpus)]} if self.gpus else {}
+        return own | gpu | dict.fromkeys(THREAD_VARIABLES, str(self.threads))
+
+
+def _error(running: Running) -> str:
+    try:
+        return running.result.recv()
+    except EOFError:
+        running.process.join()
+        code = running.process.exitcode
+        return "the process of the run " + (f"was killed by {signal.Signals(-code).name}" if code < 0 else f"ended with status {code}")
+
+
+def _kill(process: BaseProcess) -> None:
+    """End a run with all it has started."""
+    try:
+        os.killpg(process.pid, signal.SIGKILL)
+    except (AttributeError, OSError):  # Windows has no groups; or it has not made its own yet, or is gone
+        process.kill()
+    process.join()
+    process.close()
+
+
+@contextmanager
+def _environ(changes: Mapping[str, str]) -> Iterator[None]:
+    before = {name: os.environ.get(name) for name in changes}
+    os.environ.update(changes)
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            os.environ.pop(name) if value is None else os.environ.update({name: value})

@@ -1,0 +1,242 @@
+"""Methods that are tuned with equal effort and then compared: what each may vary, and the trials of all of them on disk.
+
+    python -m helpers.unlearning.baselines tiny-llama3 --task edit --trials 12 --jobs 2      # writes data/trials/
+    entrants = editing(model, {"lookup": flu, "everything": all_of_it})
+    found = read(model, "edit", entrants) or search(model, validation(split), entrants, trials=2)
+    edit = entrants["MEMIT"].make(model, split, found["MEMIT"].best())
+
+Two tasks: `edit` writes the edit answers, by fine-tuning and by closed forms (`editing`); `delete` forgets by deleting single
+weights, found by learned masks (`deleting`). Every entrant gets as many trials, drawn at random from its own space, on
+practice facts of which no final number is measured (`tuning.validation`), and is judged by `scores`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import multiprocessing
+import sys
+from collections.abc import Mapping, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+
+import pandas as pd
+
+from helpers import metrics, provenance, splits
+from helpers.facts import DATA, load
+from helpers.localization.choices import choose
+from helpers.masks import Mask
+from helpers.models import Model, load_model
+from helpers.splits import Split
+from helpers.unlearning.alphaedit import alphaedit
+from helpers.unlearning.deletions import available, candidates, delete, ladder
+from helpers.unlearning.edit import Edit
+from helpers.unlearning.lora import finetune_lora
+from helpers.unlearning.memit import memit
+from helpers.unlearning.rome import rome
+from helpers.unlearning.scores import measure
+from helpers.unlearning.training import Settings
+from helpers.unlearning.tuning import (
+    ALPHAEDIT,
+    FINETUNE,
+    MEMIT,
+    ROME,
+    Log,
+    Space,
+    Tunable,
+    Tuned,
+    TuningError,
+    tunable_finetune,
+    tunable_writing,
+    tune,
+    validation,
+    weights_hash,
+)
+from helpers.unlearning.values import Values
+from helpers.unlearning.weight_masks import Learning, learn
+
+FOLDER = DATA / "trials"
+GOALS = {"edit": "edit", "delete": "forget"}  # task → what its trials are judged by
+DELETED = 0.02  # share of the candidates that a trial of weight masks deletes
+# learning rates of the two parametrisations: a weight moves by its own size, a mask by 1
+MASKS: dict[str, Space] = {
+    "explicit": {"learning_rate": Log(0.03, 3.0), "forget_weight": Log(0.1, 5.0)},
+    "clamped": {"learning_rate": Log(1e-3, 1e-1), "forget_weight": Log(0.1, 5.0)},
+}
+PRICE: Space = {"strength": Log(10.0, 3000.0)}  # searched where it is a price; the published regulariser has the published one
+
+
+@dataclass(frozen=True)
+class Entrant:
+    """A method with what is searched of it (`space`), and a point of that space to begin with where nothing was searched."""
+
+    tunable: Tunable = field(repr=False)
+    space: Space
+    default: dict
+
+    def make(self, model: Model, split: Split, point: dict | None = None) -> Edit:
+        """Its edit of the facts to forget, at a point of its space."""
+        return self.tunable.make(model, split, self.default if point is None else point)
+
+
+def editing(model: Model, masks: Mapping[str, Mask], settings: Settings = Settings(), values: Values = Values(contexts=2),
+            texts: Sequence[str] | None = None, seed: int = 0, cache: Path | str | None = None) -> dict[str, Entrant]:
+    """The editing methods, by name. `masks`: "lookup", where the localized ones write, and "everything".
+
+    ROME writes into the middle one of the lookup layers, MEMIT and AlphaEdit into all of them.
+    """
+    lookup, everything = masks["lookup"], masks["everything"]
+    tuned = {"learning_rate": settings.learning_rate, "forget_weight": settings.forget_weight}
+    writing = lambda write: tunable_writing(write, lookup, values, texts, seed, cache=cache)
+    entrants = {
+        "fine-tuning, lookup": Entrant(tunable_finetune(lookup, "edit", settings, texts, seed), FINETUNE, tuned),
+        "fine-tuning, everything": Entrant(tunable_finetune(everything, "edit", settings, texts, seed), FINETUNE, tuned),
+        "LoRA, everything": Entrant(tunable_lora(everything, settings, texts, seed), FINETUNE, tuned),
+        "ROME": Entrant(writing(rome), ROME, {"clamp": 0.7, "ridge": 1e-3}),
+        "MEMIT": Entrant(writing(memit), MEMIT, {"clamp": 0.7, "preserve": 0.03}),
+        "AlphaEdit": Entrant(writing(alphaedit), ALPHAEDIT, {"clamp": 0.7, "share": 0.05}),
+    }
+    return _named(entrants)
+
+
+def deleting(where: Mask, objective: str = "unlearn", settings: Settings = Settings(), texts: Sequence[str] | None = None,
+             share: float = DELETED, seed: int = 0) -> dict[str, Entrant]:
+    """Learned weight masks, by parametrisation and regulariser; their edits delete a share of the candidates `where`."""
+    entrants = {}
+    for parametrisation, space in MASKS.items():
+        for regulariser in ("published", "towards"):
+            base = Learning(parametrisation, regulariser, training=settings)
+            own = space if regulariser == "published" else {**space, **PRICE}
+            default = {"learning_rate": 0.3 if parametrisation == "explicit" else 0.01, "forget_weight": 1.0, "strength": 300.0}
+            entrant = Entrant(_tunable_mask(base, where, objective, texts, share, seed), own, {name: default[name] for name in own})
+            entrants[f"{parametrisation}, {regulariser}"] = entrant
+    return _named(entrants)
+
+
+def at(base: Learning, point: Mapping[str, float]) -> Learning:
+    """How a mask is learned at a point of its space."""
+    rest = {name: value for name, value in point.items() if name != "strength"}
+    return replace(base, strength=point.get("strength", base.strength), training=replace(base.training, **rest))
+
+
+def tunable_lora(mask: Mask, settings: Settings, texts: Sequence[str] | None = None, seed: int = 0) -> Tunable:
+    """LoRA of a mask, of the default rank; the space may name fields of `Settings`."""
+    make = lambda model, split, point: finetune_lora(model, split, "edit", replace(settings, **point), texts, seed, mask=mask)
+    content = [mask.digest, asdict(settings), None if texts is None else list(texts), seed]
+    return Tunable("lora", mask.name, make, provenance.text_hash(json.dumps(content)))
+
+
+def search(model: Model, practice: Split, entrants: Mapping[str, Entrant], trials: int = 12, seed: int = 0,
+           folder: Path | str | None = None, goal: str = "edit", **measured) -> dict[str, Tuned]:
+    """As many trials for each entrant; those in `folder` are not made again (see `tuning.tune`)."""
+    base = measure(model, practice, "base", "none", **measured)
+    return {name: tune(model, practice, entrant.tunable, entrant.space, trials, seed, folder, goal, base=base, **measured)
+            for name, entrant in entrants.items()}
+
+
+def keep(model: Model, task: str, found: Mapping[str, Tuned], folder: Path = FOLDER) -> Path:
+    """Write all trials to `<folder>/<model>-<task>.csv`, in one step."""
+    path = _file(model, task, folder)
+    table = pd.concat([tuned.trials for tuned in found.values()], ignore_index=True)
+    table = table.assign(weights=weights_hash(model)[:16])
+    provenance.write_atomic(path, lambda temporary: table.to_csv(temporary, index=False, float_format="%.6g"))
+    return path
+
+
+def read(model: Model, task: str, entrants: Mapping[str, Entrant], folder: Path = FOLDER) -> dict[str, Tuned] | None:
+    """The trials that are kept for exactly these weights; None if there are none, or not for every entrant."""
+    path = _file(model, task, folder)
+    if not path.is_file():
+        return None
+    table = pd.read_csv(path)
+    found = {}
+    for name, entrant in entrants.items():
+        trials = table[(table["method"] == name) & (table["weights"] == weights_hash(model)[:16])].reset_index(drop=True)
+        if trials.empty or not set(entrant.space) <= set(trials):
+            return None
+        found[name] = Tuned(name, entrant.tunable.mask, tuple(entrant.space), trials)
+    return found
+
+
+def _named(entrants: dict[str, Entrant]) -> dict[str, Entrant]:
+    """Each tunable under the name of its entrant."""
+    return {name: replace(entrant, tunable=replace(entrant.tunable, method=name)) for name, entrant in entrants.items()}
+
+
+def _tunable_mask(base: Learning, where: Mask, objective: str, texts: Sequence[str] | None, share: float, seed: int) -> Tunable:
+    def make(model: Model, split: Split, point: dict) -> Edit:
+        learned = learn(model, split, where, objective, at(base, point), texts, seed)
+        # a mask learned at a high price may leave fewer weights below 1
+        n = min(max(1, round(share * where.n_parameters)), max(1, available(learned.importance)))
+        (chosen,) = ladder(model, learned.importance, [n], where.name)
+        return delete(model, chosen, learned.record)
+
+    content = [where.digest, asdict(base), objective, None if texts is None else list(texts), share, seed]
+    return Tunable("weight mask", where.name, make, provenance.text_hash(json.dumps(content)))
+
+
+def _file(model: Model, task: str, folder: Path) -> Path:
+    return Path(folder) / f"{Path(model.name).name}-{task}.csv"
+
+
+def _prepare(options: argparse.Namespace) -> tuple[Model, Split, dict[str, Entrant]]:
+    model = load_model(options.model, options.dtype, options.device)
+    known = metrics.known(model, load(options.facts))
+    split = splits.split(known, options.forget)
+    chosen = choose(model, known, split, ["lookup", "everything"], lookup=options.lookup, seed=options.seed).masks
+    settings = Settings(steps=options.steps)
+    if options.task == "edit":
+        return model, split, editing(model, chosen, settings, seed=options.seed, cache=options.folder / "covariances")
+    return model, split, deleting(candidates(model, chosen["lookup"]), settings=settings, seed=options.seed)
+
+
+def _search(options: argparse.Namespace, names: Sequence[str] | None = None) -> tuple[Model, dict[str, Tuned]]:
+    """The search for some entrants, from the name of the model on: one process's work."""
+    model, split, entrants = _prepare(options)
+    chosen = {name: entrant for name, entrant in entrants.items() if names is None or name in names}
+    found = search(model, validation(split), chosen, options.trials, options.seed, options.folder / "trials", GOALS[options.task])
+    return model, found
+
+
+def _arguments() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="python -m helpers.unlearning.baselines", description="As many trials for each method.")
+    parser.add_argument("model", help="tiny-*, a local path or a hub id")
+    parser.add_argument("--task", choices=GOALS, default="edit")
+    parser.add_argument("--facts", default="athletes", help="athletes, world or a CSV file")
+    parser.add_argument("--forget", default="first-64", help="the facts to edit, of which no trial is made")
+    parser.add_argument("--trials", type=int, default=12, help="as many for every method")
+    parser.add_argument("--jobs", type=int, default=1, help="processes, each for some of the methods")
+    parser.add_argument("--steps", type=int, default=Settings().steps, help="optimizer steps of a trial")
+    parser.add_argument("--lookup", type=lambda text: tuple(map(int, text.split(","))), help="lookup MLPs chosen by hand, 2,3,4")
+    parser.add_argument("--seed", type=int, default=0, help="of points, edits and localization")
+    parser.add_argument("--device", help="cpu, cuda … (default: a GPU if there is one)")
+    parser.add_argument("--dtype", choices=["float32", "bfloat16"], help="of the weights (default: float32 on a CPU, bfloat16 on a GPU)")
+    parser.add_argument("--folder", type=Path, default=Path("runs/tuning"), help="where single trials are stored")
+    parser.add_argument("--out", type=Path, default=FOLDER, help="where the table of all trials goes")
+    return parser
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """The command line; returns the exit status (2: something asked for is not there)."""
+    options = _arguments().parse_args(arguments)
+    try:
+        if options.jobs < 1:
+            raise TuningError(f"{options.jobs} jobs: at least one is needed")
+        if options.jobs > 1:
+            names = list(_prepare(options)[2])
+            with ProcessPoolExecutor(options.jobs, mp_context=multiprocessing.get_context("spawn")) as pool:
+                list(pool.map(_search, [options] * options.jobs, [names[i::options.jobs] for i in range(options.jobs)]))
+        model, found = _search(options)  # what the processes stored is read
+        path = keep(model, options.task, found, options.out)
+    except ValueError as error:
+        print(error, file=sys.stderr)
+        return 2
+    for name, tuned in found.items():
+        print(f"{name}: {tuned.best()}, score {tuned.trials['ours'].max():.3f}")
+    print(provenance.short_path(path))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,141 @@
+"""Baselines: the same number of trials for all, what is kept is what is read, and only for the weights it was made for."""
+
+from __future__ import annotations
+
+import csv
+import json
+import re
+from dataclasses import replace
+
+import attacks_cases as cases
+import pandas as pd
+import pytest
+import small
+import torch
+
+from helpers import facts
+from helpers.masks import mask
+from helpers.selection import everything
+from helpers.unlearning import baselines, tuning
+from helpers.unlearning.deletions import candidates
+from helpers.unlearning.training import Settings
+from helpers.unlearning.values import Values
+from helpers.unlearning.weight_masks import Learning
+
+QUICK = Settings(steps=2, batch=8, text_tokens=8)
+TEXTS = cases.texts()[:8]
+CHEAP = dict(texts=TEXTS[:4], n_retain=6, orders=(0,), n_neighbors=1)
+
+
+def entrants(model):
+    masks = {"lookup": mask(model, ["mlp 0", "mlp 1"], "lookup"), "everything": everything(model)}
+    return baselines.editing(model, masks, QUICK, Values(steps=2, contexts=1), TEXTS)
+
+
+@pytest.fixture(scope="module")
+def searched():
+    model = cases.known()
+    before = small.weights(model)
+    practice = tuning.validation(cases.a_split(), 4)
+    masks = baselines.deleting(candidates(model, mask(model, ["mlp 1"], "lookup")), settings=QUICK, texts=TEXTS)
+    # in so small a model single weights gain little
+    cheap = {n: replace(e, space={**e.space, "strength": tuning.Log(1e-3, 1e-2)}, default={**e.default, "strength": 1e-3}) for n, e in masks.items() if "towards" in n}
+    methods = {**entrants(model), **masks, **cheap}
+    found = baselines.search(model, practice, methods, 2, **CHEAP)
+    assert small.same(model, before)
+    return model, methods, found
+
+
+def test_every_method_makes_an_edit_and_has_as_many_trials(searched):
+    _, methods, found = searched
+    assert list(found) == list(methods) and len(methods) == 10
+    for name, tuned in found.items():
+        assert len(tuned.trials) == 2 and tuned.trials["error"].isna().all() and set(tuned.trials["method"]) == {name}
+        assert set(tuned.best()) == set(methods[name].space) == set(methods[name].default)
+        for key, kind in methods[name].space.items():
+            assert tuned.trials[key].between(kind.low, kind.high).all() and kind.low <= methods[name].default[key] <= kind.high
+        assert tuned.trials[list(methods[name].space)].drop_duplicates().shape[0] == 2
+    # where two methods search the same numbers they try the same points
+    rates = [found[n].trials["learning_rate"].tolist() for n in ("fine-tuning, lookup", "fine-tuning, everything", "LoRA, everything")]
+    assert rates[0] == rates[1] == rates[2]
+
+
+def test_what_is_kept_is_what_is_read(searched, tmp_path):
+    model, methods, found = searched
+    path = baselines.keep(model, "edit", found, tmp_path)
+    read = baselines.read(model, "edit", methods, tmp_path)
+    for name, tuned in found.items():
+        assert read[name].best() == pytest.approx(tuned.best(), rel=1e-5) and read[name].names == tuned.names
+        assert read[name].trials["ours"].tolist() == pytest.approx(tuned.trials["ours"].tolist(), rel=1e-4, abs=1e-6)
+        assert read[name].frontier["trial"].tolist() == tuned.frontier["trial"].tolist()
+    assert baselines.read(model, "delete", methods, tmp_path) is None
+    assert baselines.read(model, "edit", {**methods, "another": methods["ROME"]}, tmp_path) is None
+    assert [p.name for p in tmp_path.iterdir()] == [path.name]
+    another = cases.random_model()  # of the same name: none of these trials are its own
+    assert baselines.read(another, "edit", methods, tmp_path) is None
+
+
+def test_the_final_edit_is_that_of_the_trial_on_other_facts(searched):
+    """The same function makes both, so what was tuned is what is measured."""
+    model, methods, _ = searched
+    given = cases.a_split()
+    point = {"learning_rate": 1e-3, "forget_weight": 2.0}
+    edit = methods["fine-tuning, lookup"].make(model, given, point)
+    expected = tuning.finetune(model, given, mask(model, ["mlp 0", "mlp 1"]), "edit", replace(QUICK, **point), TEXTS)
+    assert all(torch.equal(edit.values[name], value) for name, value in expected.values.items())
+    lora = methods["LoRA, everything"].make(model, given)
+    assert all(torch.linalg.matrix_rank(lora.values[n] - p.detach(), rtol=1e-3) <= model.d_model // 6 for n, p in model.hf.named_parameters() if n in lora.values)
+    assert methods["MEMIT"].make(model, given, {"clamp": 0.5, "preserve": 1e6}).norm < 0.01 * methods["MEMIT"].make(model, given).norm
+
+
+def test_deleting_cuts_at_its_share():
+    model, given = cases.known(), cases.a_split()
+    where = candidates(model, mask(model, ["mlp 1"]))
+    methods = baselines.deleting(where, settings=QUICK, texts=TEXTS, share=0.05)
+    edit = methods["clamped, published"].make(model, given)
+    assert edit.n_weights == round(0.05 * where.n_parameters) and all((value == 0).all() for value in edit.values.values())
+    how = baselines.at(Learning("explicit", "towards", training=QUICK), {"learning_rate": 0.2, "forget_weight": 3.0, "strength": 7.0})
+    assert (how.strength, how.training.learning_rate, how.training.forget_weight, how.training.steps) == (7.0, 0.2, 3.0, 2)
+    assert "strength" not in methods["explicit, published"].space and "strength" in methods["explicit, towards"].space
+
+
+@pytest.fixture(scope="module")
+def command(tmp_path_factory):
+    """A small model in a folder, its facts as a CSV file, and a command line."""
+    home = tmp_path_factory.mktemp("baselines")
+    model = cases.known()
+    model.hf.save_pretrained(home / "small")
+    model.tokenizer.save_pretrained(home / "small")
+    with open(home / "my-athletes.csv", "w", newline="") as file:
+        writer = csv.writer(file)
+        writer.writerow(["subject", "relation", "answer", "edit_answer", "role"])
+        writer.writerows([f.subject, "sport", f.answer, f.edit, ""] for f in facts.load()[:cases.N_FACTS])
+        writer.writerow(["Tiger Woods", "sport", "golf", "", "example"])
+    return home, [str(home / "small"), "--facts", str(home / "my-athletes.csv"), "--forget", "first-8", "--lookup", "1", "--task", "delete", "--steps", "1",
+                  "--trials", "1", "--folder", str(home / "tuning"), "--out", str(home)]
+
+
+def test_the_command_writes_one_table_and_does_nothing_twice(command, monkeypatch, capsys):
+    home, arguments = command
+    assert baselines.main(arguments) == 0
+    table = pd.read_csv(home / "small-delete.csv")
+    assert table["method"].tolist() == ["explicit, published", "explicit, towards", "clamped, published", "clamped, towards"]
+    stored = [json.loads(path.read_text()) for path in (home / "tuning" / "trials").iterdir()]
+    assert len(stored) == 4 and {trial["method"] for trial in stored} == set(table["method"])
+    assert "small-delete.csv" in capsys.readouterr().out
+    monkeypatch.setattr(baselines, "learn", lambda *a, **k: pytest.fail("a trial was made again"))
+    before = (home / "small-delete.csv").read_bytes()
+    assert baselines.main(arguments) == 0 and (home / "small-delete.csv").read_bytes() == before
+
+
+@pytest.mark.slow
+def test_several_processes_find_what_one_finds(command, tmp_path):
+    home, arguments = command
+    assert baselines.main([*arguments, "--jobs", "2", "--folder", str(tmp_path), "--out", str(tmp_path)]) == 0
+    assert (tmp_path / "small-delete.csv").read_bytes() == (home / "small-delete.csv").read_bytes()
+
+
+@pytest.mark.parametrize("changed, said", [(["--jobs", "0"], "0 jobs"), (["--forget", "first-900"], "needs 900 facts"), (["--facts", "athlets"], "athletes")])
+def test_what_is_not_there_is_named(command, changed, said, capsys):
+    assert baselines.main([*command[1], *changed]) == 2
+    assert re.search(said, capsys.readouterr().err)

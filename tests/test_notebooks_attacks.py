@@ -1,0 +1,86 @@
+"""Notebook 06, executed in the quick profile: what its rows must be whatever the model, and what claims find in them."""
+
+import json
+
+import pandas as pd
+import pytest
+
+from helpers import claims, notebooks, parameters, runs
+from helpers.attacks.headline import SPOKEN
+from helpers.provenance import project_root
+
+NOTEBOOK = project_root() / "notebooks" / "06_attacks.ipynb"
+MASKS = ["lookup", "random MLPs"]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    out = tmp_path_factory.mktemp("attacks")
+    given = {"profile": "quick", "masks": ",".join(MASKS), "seed": 1, "out": str(out)}
+    outcome = notebooks.run([NOTEBOOK], given, out)[0]
+    assert not outcome.error, outcome.error
+    return runs.folder(NOTEBOOK.stem, parameters.from_notebook(NOTEBOOK, given))
+
+
+@pytest.fixture(scope="module")
+def rows(folder):
+    return pd.read_parquet(folder / "rows.parquet")
+
+
+@pytest.fixture(scope="module")
+def stored(folder):
+    return pd.read_parquet(folder / "results.parquet")
+
+
+def test_every_edit_is_measured_and_attacked_beside_the_unedited_model(stored):
+    assert set(stored["localization"]) == {"none", *MASKS} and set(stored["seed"]) == {1} and set(stored["n"]) == {16}
+    assert set(stored[stored["localization"] == "none"]["attack"]) == {"none"}
+    base = stored[(stored["localization"] == "none") & (stored["measure"] == "forget top1")]
+    assert base["value"].mean() >= 0.9  # the facts are ones that the model knows
+    for mask in MASKS:
+        part = stored[stored["localization"] == mask]
+        assert {"none", "probe", "worst", f"worst: {SPOKEN}"} <= set(part["attack"])
+        assert not part.duplicated(["attack", "fact", "measure"]).any()
+
+
+def test_relearning_begins_at_the_edited_model(rows):
+    """Step 0 of the attack on the unseen half is what the edited model said of it."""
+    one_shot = rows[(rows["measure"] == "attack") & (rows["format"] == "one_shot") & (rows["group"] == "forget") & (rows["control"] == "")]
+    key = ["mask", "subject"]
+    begin = one_shot[(one_shot["attack"] == "relearn lora") & (one_shot["step"] == 0)].set_index(key)["prob_true"]
+    alone = one_shot[one_shot["attack"] == "none"].set_index(key)["prob_true"].reindex(begin.index)
+    assert len(begin) == 8 * len(MASKS)
+    pd.testing.assert_series_equal(begin, alone, check_exact=False, atol=1e-4)
+
+
+def test_the_worst_case_lies_between_no_attack_and_the_ceiling(rows):
+    worst = rows[rows["measure"] == "worst case"]
+    assert set(worst["mask"]) == set(MASKS)
+    assert ((worst["untouched"] <= worst["recovered"]) & (worst["recovered"] <= 1)).all()
+    spoken = worst[worst["access"] == SPOKEN].set_index("mask")["recovered"]
+    for access in ("answers", "training", "weights"):
+        assert (worst[worst["access"] == access].set_index("mask")["recovered"] <= spoken).all()
+
+
+def test_checks_that_hold_for_every_model(folder):
+    checks = {check["claim"]: check["holds"] for check in json.loads((folder / "checks.json").read_text())}
+    assert checks["after all edits and attacks the model answers as before, to the last bit"]
+    assert checks["the masks hold different weights, so that comparing them means something"] in (True, False)
+    assert any(claim.startswith("no edit collapses") for claim in checks)
+
+
+def test_claims_read_the_rows_and_a_quick_run_decides_none(rows, stored):
+    declared = claims.load()
+    judged = claims.verdict(declared, stored)
+    assert set(judged["verdict"]) == {"undecided"}
+    assert set(rows[rows["measure"] == "verdict"]["claim"]) == {c.id for c in declared.claims if c.family == "robustness"}
+
+
+def test_figures(folder):
+    assert {"asking", "weights", "relearning", "probes", "worst"} <= {path.stem for path in (folder / "figures").glob("*.png")}
+
+
+@pytest.mark.parametrize("given, said", [({"method": "prune"}, "there are finetune, unlearn, sequential"), ({"masks": "luckup"}, "there are lookup")])
+def test_wrong_names_stop_with_those_there_are(given, said, tmp_path):
+    outcome = notebooks.run([NOTEBOOK], {"profile": "quick", "out": str(tmp_path)} | given, tmp_path)[0]
+    assert said in outcome.error

@@ -1,0 +1,77 @@
+"""The notebooks on editing and unlearning, executed through papermill in the quick profile; their result rows are asserted."""
+
+import json
+
+import pandas as pd
+import pytest
+
+from helpers import claims, notebooks, parameters, runs
+from helpers.provenance import project_root
+
+FOLDER = project_root() / "notebooks"
+
+
+def execute(name: str, out, **given) -> tuple[pd.DataFrame, pd.DataFrame, dict]:
+    """Rows, results and checks by claim."""
+    path, given = FOLDER / f"{name}.ipynb", {"profile": "quick", "out": str(out), **given}
+    outcome = notebooks.run([path], given, out)[0]
+    assert not outcome.error, outcome.error
+    folder = runs.folder(name, parameters.from_notebook(path, given))
+    assert (folder / "done.json").is_file() and any((folder / "figures").glob("*.png"))
+    checks = {check["claim"]: check["holds"] for check in json.loads((folder / "checks.json").read_text())}
+    return pd.read_parquet(folder / "rows.parquet"), pd.read_parquet(folder / "results.parquet"), checks
+
+
+def means(rows: pd.DataFrame) -> pd.Series:
+    return rows.groupby(["localization", "method", "measure"])["value"].mean()
+
+
+def well_formed(found: pd.DataFrame) -> bool:
+    """Claims can read the results, and no fact has two values."""
+    key = ["facts", "seed", "localization", "method", "attack", "fact", "measure"]
+    return set(claims.COLUMNS) <= set(found) and not found.duplicated(key).any() and found["value"].notna().all()
+
+
+def test_editing(tmp_path):
+    rows, found, checks = execute("04_localized_editing", tmp_path)
+    assert well_formed(found) and set(found["n"]) == {16}
+    value = means(found)
+    assert value["none", "base", "forget top1"] >= 0.95 and value["none", "base", "edit top1"] <= 0.1
+    edited = [name for name in found["localization"].unique() if name != "none"]
+    assert len(edited) == 3
+    for name in edited:  # what was trained is taken in; what else happens is a result
+        assert value[name, "finetune", "edit top1"] >= 0.8 and value[name, "finetune", "forget top1"] <= 0.2
+    path = rows[(rows["group"] == "trajectory") & (rows["measure"] == "norm")].groupby("mask")["value"]
+    assert (path.first() == 0).all() and (path.last() > 0).all()
+    level = rows[(rows["group"] == "at equal success") & (rows["measure"] == "edit")]["value"]
+    assert level.max() - level.min() < 1e-6
+    assert next(holds for claim, holds in checks.items() if claim.startswith("outside the `with` block the model is unchanged"))
+
+
+def test_editing_other_facts_with_masks_of_ones_own(tmp_path):
+    given = {"facts": "world", "forget": "first-8", "masks": "random MLPs, MLP 0-1", "preset": "tuned"}
+    _, found, _ = execute("04_localized_editing", tmp_path, **given)
+    assert well_formed(found) and set(found["localization"]) == {"none", "random MLPs", "MLP 0-1"}
+    assert set(found["facts"]) == {"world first-8"} and set(found.loc[found["localization"] == "MLP 0-1", "layers"]) == {"0 1"}
+
+
+def test_unlearning(tmp_path):
+    rows, found, checks = execute("05_localized_unlearning", tmp_path)
+    assert well_formed(found)
+    trials = rows[rows["group"] == "trial"].groupby("objective")
+    assert trials.size().nunique() == 1 and trials["learning_rate"].apply(tuple).nunique() == 1  # the same draws for all
+    assert trials["chosen"].sum().eq(1).all()
+    value = means(found[found["facts"] == "athletes answer-basketball"])
+    assert value["none", "base", "forget top1"] >= 0.95
+    everything = value["everything"]
+    assert everything["unlearn", "forget probability"] <= 0.5 and everything["finetune", "edit top1"] >= 0.5
+    sequence = found[(found["method"] == "sequential") & (found["measure"] == "edit top1")]
+    assert sequence["fact"].nunique() == 16 and sequence["value"].mean() >= 0.5
+    assert any(claim.startswith("the first slice survives") for claim in checks)
+
+
+@pytest.mark.parametrize("given, said", [({"answer": "chess"}, "answers are"), ({"to": "basketball"}, "is the true answer"), ({"masks": "luckup"}, "there are lookup")])
+def test_what_is_not_there_is_named(given, said, tmp_path):
+    path = FOLDER / "05_localized_unlearning.ipynb"
+    outcome = notebooks.run([path], {"profile": "quick", "out": str(tmp_path), **given}, tmp_path)[0]
+    assert said in outcome.error

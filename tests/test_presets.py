@@ -1,0 +1,181 @@
+"""Presets: the published numbers, to the masks and models that they were published for, and clear refusals for all others."""
+
+from dataclasses import replace
+
+import pytest
+import small
+import torch
+import yaml
+from transformers import AutoModelForCausalLM
+
+from helpers import memory, presets, selection
+from helpers.localization import choices
+from helpers.masks import SelectionError
+from helpers.presets import PresetError, settings, source
+from helpers.unlearning.training import Settings
+
+DEFAULTS = Settings(learning_rate=3e-3, forget_weight=0.7, steps=9, checkpoint_every=4)
+
+
+@pytest.mark.parametrize(
+    "model, task, mask_name, rate, weight",
+    [  # spec section 4.1, some from each column, and each group's followers
+        ("google/gemma-7b", "athletes", "lookup", 1e-5, 5.0),
+        ("google/gemma-2-9b", "athletes", "attribution MLPs", 1e-5, 1.0),
+        ("meta-llama/Meta-Llama-3-8B", "athletes", "causal tracing", 1e-4, 2.0),
+        ("meta-llama/Meta-Llama-3-8B", "athletes", "random", 1e-4, 2.0),
+        ("google/gemma-2-9b", "whole-sport", "all MLPs", 1e-5, 5.0),
+        ("google/gemma-7b", "counterfact-16", "random MLPs", 5e-6, 0.1),
+        ("google/gemma-2-9b", "counterfact-64", "causal tracing MLPs", 2e-5, 0.5),
+        ("meta-llama/Meta-Llama-3-8B", "counterfact-sequential", "everything", 1e-5, 0.2),
+        ("google/gemma-7b", "unlearn-sport", "lookup", 1e-5, 0.2),
+    ],
+)
+def test_published_rates(model, task, mask_name, rate, weight):
+    found = settings("paper", model, task, mask_name, DEFAULTS)
+    assert (found.learning_rate, found.forget_weight) == (rate, weight)
+    assert (found.batch, found.clip, found.retain_weight, found.text_tokens, found.masters) == (64, 1.0, 1.0, 100, False)
+    assert found.steps == (25 if task == "counterfact-sequential" else 50)
+    assert found.format == ("cloze" if task.startswith("counterfact") else "one_shot")
+    assert found.checkpoint_every == 4  # what the paper does not say stays as it was
+    assert source("paper", model, task, mask_name) == "published (arXiv 2410.12949)"
+
+
+def test_every_choice_of_the_paper_has_a_rate_and_every_rate_is_in_the_searched_range():
+    table = presets.published()
+    assert set(table["model"]) == set(selection.SHAPES)
+    assert table.groupby("model")["task"].nunique().to_dict() == {"gemma-7b": 7, "gemma-2-9b": 5, "llama-3-8b": 5}
+    assert set(table["learning_rate"]) <= {2e-6, 5e-6, 1e-5, 2e-5, 5e-5, 1e-4}
+    assert set(table["forget_weight"]) <= {0.1, 0.2, 0.5, 1.0, 2.0, 5.0}
+    named = {name for masks in table["masks"] for name in masks.split(", ")}
+    assert named == set(choices.NAMES) - {"windows"}
+
+
+def test_windows_follow_the_lookup_mlps_and_say_so():
+    of = ("paper", "google/gemma-2-9b", "whole-sport")
+    assert settings(*of, "MLP 3-7", DEFAULTS) == settings(*of, "lookup", DEFAULTS)
+    assert "the paper has no windows" in source(*of, "MLP 3-7")
+
+
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        (("papr", "google/gemma-7b", "athletes", "lookup"), "preset 'papr': there are '', 'paper', 'tuned'"),
+        (("paper", "google/gemma-2-2b", "athletes", "lookup"), "google/gemma-2-2b: it is known here, but the paper did not train it"),
+        (("paper", "tiny-llama3", "athletes", "lookup"), "is not among the presets. There are some for gemma-7b, gemma-2-9b, llama-3-8b"),
+        (("paper", "google/gemma-7b", "world first-64", "lookup"), "task 'world first-64'.*tasks are athletes, whole-sport"),
+        (("paper", "google/gemma-2-9b", "unlearn-sport", "lookup"), "nothing published for task 'unlearn-sport'"),
+        (("paper", "google/gemma-7b", "athletes", "saliency"), "with mask 'saliency'.*masks lookup, attribution MLPs"),
+    ],
+)
+def test_what_was_not_published_is_refused(arguments, message):
+    for call in (lambda: settings(*arguments, DEFAULTS), lambda: source(*arguments)):
+        with pytest.raises(PresetError, match=message):
+            call()
+
+
+def test_no_preset_is_the_defaults():
+    assert settings("", "anything", "any task", "any mask", DEFAULTS) == DEFAULTS
+    assert source("", "anything", "any task", "any mask") == "defaults"
+
+
+def test_tuned_settings(tmp_path, monkeypatch):
+    file = tmp_path / "tuned.yaml"
+    monkeypatch.setattr(presets, "TUNED", file)
+    of = ("tuned", "google/gemma-2-2b", "athletes")
+    assert settings(*of, "lookup", DEFAULTS) == DEFAULTS and "there is no tuned.yaml" in source(*of, "lookup")
+    file.write_text(yaml.safe_dump({"gemma-2-2b": {"athletes": {"lookup": {"learning_rate": 2e-4, "steps": 30}}}}))
+    assert settings(*of, "lookup", DEFAULTS) == replace(DEFAULTS, learning_rate=2e-4, steps=30)
+    assert source(*of, "lookup") == "tuned here (tuned.yaml)"
+    file.write_text(yaml.safe_dump({"gemma-2-2b": {"athletes": {"lookup": {"learning_rate": 2e-4, "provenance": {"trials": 12}}}}}))
+    assert settings(*of, "lookup", DEFAULTS) == replace(DEFAULTS, learning_rate=2e-4)
+    assert source(*of, "lookup") == "tuned here (tuned.yaml): best of 12 trials"
+    assert settings(*of, "everything", DEFAULTS) == DEFAULTS
+    assert source(*of, "everything") == "defaults: tuned.yaml has nothing for gemma-2-2b, athletes, everything"
+    for broken, message in (({"lookup": {"rate": 1}}, "has rate; fields are learning_rate"), ({"lookup": 3}, "'lookup' holds 3")):
+        file.write_text(yaml.safe_dump({"gemma-2-2b": {"athletes": broken}}))
+        with pytest.raises(PresetError, match=message):
+            settings(*of, "lookup", DEFAULTS)
+
+
+@pytest.mark.parametrize(
+    "facts, forget, objective, task",
+    [
+        ("paper-athletes", "first-64", "edit", "athletes"),
+        ("athletes", "answer-baseball", "edit", "whole-sport"),
+        ("paper-athletes", "answer-basketball", "unlearn", "unlearn-sport"),
+        ("paper-counterfact-gemma-7b", "first-16", "edit", "counterfact-16"),
+        ("athletes", "first-32", "edit", "athletes first-32"),
+        ("world", "first-64", "edit", "world first-64"),
+    ],
+)
+def test_tasks(facts, forget, objective, task):
+    assert presets.task_of(facts, forget, objective) == task
+
+
+@pytest.mark.parametrize(
+    "given, name",
+    [
+        ("google/gemma-2-9b", "gemma-2-9b"),
+        ("meta-llama/Meta-Llama-3-8B", "llama-3-8b"),
+        ("/models/Qwen3-4B", "qwen3-4b"),
+        ("gemma-7b", "gemma-7b"),
+        ("google/gemma-7b-it", None),  # a chat model is not what was published
+        ("tiny-gemma2", None),
+    ],
+)
+def test_models_go_by_hub_id_or_folder(given, name):
+    assert presets.identify(given) == name
+
+
+# counted by transformers' own classes from these configurations; the totals are those on the models' pages
+SIZES = {"gemma-7b": 8537680896, "gemma-2-9b": 9241705984, "llama-3-8b": 8030261248, "gemma-2-2b": 2614341888, "llama-3.2-1b": 1235814400,
+         "llama-3.2-3b": 3212749824, "qwen3-0.6b": 596049920, "qwen3-1.7b": 1720574976, "qwen3-4b": 4022468096, "qwen3-8b": 8190735360,
+         "pythia-2.8b": 2775208960}
+
+
+@pytest.mark.parametrize("name", SIZES)
+def test_architectures_have_the_size_of_the_real_models(name):
+    with torch.device("meta"):
+        hf = AutoModelForCausalLM.from_config(presets.config(name))
+    assert sum(parameter.numel() for parameter in hf.parameters()) == SIZES[name]
+
+
+@pytest.mark.parametrize("name", SIZES)
+def test_narrow_models_are_of_the_same_kind(name):
+    """As many layers and heads, and the helpers understand them."""
+    full, narrow = (memory.skeleton(presets.config(name, width)) for width in (1.0, 0.06))
+    for size in ("n_layers", "n_heads", "n_kv_heads", "roles", "tied", "parallel"):
+        assert getattr(full, size) == getattr(narrow, size)
+    assert narrow.d_model <= full.d_model / 8 and narrow.d_mlp < full.d_mlp / 8
+    assert presets.likely_lookup(narrow).layers == presets.likely_lookup(full).layers
+
+
+def test_the_table_names_every_model_and_marks_what_was_not_published():
+    table = presets.models().set_index("model")
+    assert set(table.index) == set(SIZES)
+    assert table.index[table["published settings"]].tolist() == ["gemma-7b", "gemma-2-9b", "llama-3-8b"]
+    assert table.loc["gemma-2-2b", "minutes (authors)"] != table.loc["gemma-2-2b", "minutes (authors)"]  # nothing reported
+    costs = [column for column in table if column.startswith(("gib", "minutes"))]
+    assert costs and all(column.endswith(("(estimated)", "(authors)")) for column in costs)
+
+
+@pytest.mark.parametrize("name, mask_name", [("gemma-2-9b", "lookup"), ("qwen3-0.6b", "everything")])
+def test_stated_memory_is_what_is_counted(name, mask_name):
+    stated = presets.models().set_index("model").loc[name, f"gib, {mask_name} (estimated)"]
+    assert presets.expected(name, mask_name).total / memory.GIB == pytest.approx(stated, rel=0.05)
+
+
+def test_layers_are_those_of_the_paper():
+    bare = memory.skeleton(presets.config("gemma-2-9b"))
+    named = replace(bare, name="google/gemma-2-9b")
+    chosen = presets.layers(named, "whole-sport", "lookup")
+    assert (chosen.name, chosen.layers, chosen.n_parameters) == ("lookup", (2, 3, 4, 5, 6), 770703360)
+    assert presets.layers(named, "counterfact-64", "attribution MLPs").layers == (30, 32, 33, 34, 35, 37, 38, 41)
+    for task, mask_name in (("counterfact-sequential", "lookup"), ("athletes", "everything")):
+        with pytest.raises(PresetError, match=f"no published layers for gemma-2-9b, task '{task}'"):
+            presets.layers(named, task, mask_name)
+    with pytest.raises(SelectionError, match="is no gemma-7b"):
+        presets.layers(replace(small.model(), name="google/gemma-7b"), "athletes", "lookup")
+    with pytest.raises(PresetError, match="no model 'gemma-3' among the presets; there are gemma-7b"):
+        presets.config("gemma-3")

@@ -1,0 +1,224 @@
+"""The store: one schema from many files, read while it is written, flagged where it is old."""
+
+import json
+import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+from sweep_cases import FINISH, PARAMETERS, notebook
+
+from helpers import claims, parameters, provenance, runs, store
+from helpers.store import StoreError
+
+DECLARED = parameters.from_cell(PARAMETERS)
+STEM = "60_stored"
+
+
+def stored(out: Path, seed: int = 0, finish: bool = True, rows: pd.DataFrame | None = None, **given) -> runs.Run:
+    """A run through the same door as in a notebook."""
+    run = runs.Run(STEM, parameters.validate(DECLARED, {"seed": seed, "out": str(out), "model": "m", **given}))
+    run.result(values(seed) if rows is None else rows)
+    if finish:
+        run.finish()
+    return run
+
+
+def values(seed: int, count: int = 3) -> pd.DataFrame:
+    where = {"facts": "athletes first-64", "n": 64, "seed": seed, "localization": "lookup", "layers": "2 3", "method": "finetune"}
+    return pd.DataFrame({**where, "attack": "none", "setting": "", "fact": [f"fact {i}" for i in range(count)],
+                         "measure": "forget_edit top1", "value": seed + np.arange(count) / 10})
+
+
+@pytest.fixture
+def home(tmp_path, monkeypatch):
+    """A folder with the notebook, from which runs are made."""
+    notebook(tmp_path, STEM, FINISH)
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+@pytest.fixture
+def quick(monkeypatch):
+    """Runs that do not ask who they are: a thousand times git and package versions would be a test of those."""
+    machine = {"platform": "p", "threads": 1, "packages": {}}
+    for name, value in {"git_state": None, "code_hash": "c", "describe_machine": machine}.items():
+        monkeypatch.setattr(provenance, name, lambda *a, value=value: value)
+
+
+def read(home: Path, *sources: Path, **where) -> pd.DataFrame:
+    return store.read(*(sources or [home / "out"]), notebooks=home, **where)
+
+
+def test_rows_come_back_as_they_were_with_their_origin(home):
+    made = [stored(home / "out", seed) for seed in range(3)]
+    rows = read(home)
+    assert list(rows.columns) == list(store.SCHEMA) and set(claims.COLUMNS) <= set(rows.columns)
+    in_order = sorted(made, key=lambda run: run.id)
+    expected = pd.concat([values(run.seed).assign(run=run.id, model="m") for run in in_order], ignore_index=True)
+    pd.testing.assert_frame_equal(rows[expected.columns], expected, check_dtype=False)
+    git = made[0].provenance["git"]
+    assert rows["commit"].unique().tolist() == [git["commit"] + "-dirty" * git["dirty"] if git else ""]
+    assert set(rows["code"]) == {provenance.code_hash(STEM, home)} and not rows["stale"].any()
+    assert set(rows["notebook"]) == {STEM} and rows["machine"].str.contains("cpu, ").all()
+
+
+def test_types_do_not_depend_on_what_a_run_left_out(home):
+    stored(home / "out", 0, rows=pd.DataFrame({"n": [64.0], "value": [1], "fact": [7], "extra": ["x"]}))
+    stored(home / "out", 1)
+    rows = read(home)
+    kinds = {name: str(rows[name].dtype) for name in ("n", "value", "stale")}
+    assert kinds == {"n": "int64", "value": "float64", "stale": "bool"}
+    short = rows[rows["fact"] == "7"]
+    assert len(short) == 1 and short[["method", "setting", "seed"]].isna().all(axis=None)
+    assert "extra" not in rows
+
+
+def test_only_finished_runs_are_read_and_all_are_listed(home):
+    stored(home / "out", 0)
+    stored(home / "out", 1, finish=False)
+    failed = stored(home / "out", 2, finish=False)
+    provenance.write_json(failed.folder / "failed.json", {"error": "ValueError: no", "code": "c"})
+    assert read(home)["seed"].unique().tolist() == [0]
+    table = store.runs(home / "out", home)
+    seeds = [json.loads(text)["seed"] for text in table["parameters"]]
+    assert dict(zip(seeds, table["state"])) == {0: "finished", 1: "unfinished", 2: "failed"}
+    assert dict(zip(seeds, table["error"]))[2] == "ValueError: no"
+    finished = table[table["state"] == "finished"].iloc[0]
+    assert finished["memory_gb"] > 0 and finished["minutes"] >= 0
+
+
+def test_filters(home):
+    for seed in range(3):
+        stored(home / "out", seed)
+    whole = read(home)
+    pd.testing.assert_frame_equal(read(home, seed=[0, 2], fact="fact 1"),
+                                  whole[whole["seed"].isin([0, 2]) & (whole["fact"] == "fact 1")].reset_index(drop=True))
+    assert read(home, attack="relearn full").empty and read(home, stale=True).empty
+    with pytest.raises(StoreError, match="no column atack; there are run, model, facts"):
+        read(home, atack="none")
+
+
+def test_a_relation_is_for_sql(home):
+    for seed in range(2):
+        stored(home / "out", seed)
+    means = store.relation(home / "out", notebooks=home).aggregate("seed, avg(value) AS mean").order("seed").df()
+    assert means["mean"].round(6).tolist() == [0.1, 1.1]
+
+
+def test_nothing_there(home):
+    with pytest.raises(StoreError, match="no runs at"):
+        read(home, home / "nowhere")
+    (home / "out").mkdir()
+    empty = read(home)
+    assert empty.empty and list(empty.columns) == list(store.SCHEMA)
+    assert store.runs(home / "out", home).empty
+
+
+def test_other_code_or_inputs_make_rows_stale(home):
+    table = home / "facts.csv"
+    table.write_text("one")
+    stored(home / "out", 0, facts=str(table))
+    stored(home / "out", 1)
+    flags = lambda: read(home).groupby("seed")["stale"].unique().map(list).to_dict()
+    assert flags() == {0: [False], 1: [False]}
+    table.write_text("two")
+    assert flags() == {0: [True], 1: [False]}
+    # an input that is not on this machine says nothing
+    table.unlink()
+    assert flags() == {0: [False], 1: [False]}
+    notebook(home, STEM, "1 + 1", FINISH)
+    assert flags() == {0: [True], 1: [True]}
+    assert store.runs(home / "out", home)["stale"].all()
+
+
+def test_a_packed_file_reads_as_its_runs_do(home, capsys):
+    for seed in range(3):
+        stored(home / "out", seed)
+    assert store.main(["pack", str(home / "out"), str(home / "all.parquet")]) == 0
+    assert "9 rows" in capsys.readouterr().out
+    pd.testing.assert_frame_equal(read(home, home / "all.parquet"), read(home))
+    notebook(home, STEM, "1 + 1", FINISH)
+    assert read(home, home / "all.parquet")["stale"].all()
+    # of a run in two places the newer one counts, and no row twice
+    time.sleep(1.1)
+    stored(home / "out", 1, rows=values(1).assign(value=9.0))
+    both = read(home, home / "all.parquet", home / "out")
+    assert len(both) == 9
+    assert both.groupby("seed")["value"].max().to_dict() == {0: 0.2, 1: 9.0, 2: 2.2}
+    assert both.groupby("seed")["stale"].any().to_dict() == {0: True, 1: False, 2: True}
+
+
+def test_what_is_no_packed_file_is_refused(home, capsys):
+    (home / "notes.txt").write_text("hello")
+    values(0).to_parquet(home / "bare.parquet")
+    for name in ("notes.txt", "bare.parquet"):
+        with pytest.raises(StoreError, match=f"{name} is no file made by pack"):
+            read(home, home / name)
+    assert store.main(["pack", str(home / "nowhere"), str(home / "all.parquet")]) == 2
+    assert "no runs at" in capsys.readouterr().err and not (home / "all.parquet").exists()
+
+
+def test_a_thousand_writers_and_a_reader(home, quick):
+    seen, stop = [], threading.Event()
+
+    def look():
+        while not stop.is_set():
+            if (home / "out").exists():
+                rows = read(home)
+                seen.append(rows.groupby("run")["value"].agg(["size", "nunique"]))
+
+    reader = ThreadPoolExecutor(1).submit(look)
+    try:
+        with ThreadPoolExecutor(1000) as writers:
+            list(writers.map(lambda seed: stored(home / "out", seed), range(1000)))
+    finally:
+        stop.set()
+    reader.result()
+    rows = read(home)
+    assert rows.groupby("seed").size().to_dict() == dict.fromkeys(range(1000), 3)
+    assert sorted(rows["value"]) == sorted(x for seed in range(1000) for x in values(seed)["value"])
+    # whoever looked in between saw whole runs, and never fewer than before
+    assert seen and all((counts == 3).all(axis=None) for counts in seen)
+    assert all(len(a) <= len(b) for a, b in zip(seen, seen[1:]))
+
+
+def test_reading_while_runs_start_anew(home, quick):
+    for seed in range(20):
+        stored(home / "out", seed)
+    stop = threading.Event()
+
+    def again():
+        while not stop.is_set():
+            for seed in range(10, 20):
+                stored(home / "out", seed)
+
+    writer = ThreadPoolExecutor(1).submit(again)
+    try:
+        for _ in range(12):
+            sizes = read(home).groupby("seed").size()
+            # the ten that rest are always there; of the others those that are finished, whole
+            assert set(range(10)) <= set(sizes.index) and (sizes == 3).all()
+    finally:
+        stop.set()
+    writer.result()
+
+
+def test_a_million_rows_load_in_under_three_seconds(home):
+    rng, text = np.random.default_rng(0), {"code": "c", "uses": {}}
+    for number in range(160):
+        folder = home / "out" / STEM / f"{number:012x}"
+        rows = values(number % 3, 6250).assign(run=folder.name, model="m", value=rng.random(6250))
+        folder.mkdir(parents=True)
+        rows.to_parquet(folder / "results.parquet", index=False)
+        made = {"notebook": STEM, "started": "2025", "git": None, "platform": "p", "device": "cpu", "threads": 1}
+        provenance.write_json(folder / "provenance.json", made | text)
+        provenance.write_json(folder / "done.json", text)
+    # processor time of all threads, which a busy machine does not stretch
+    began = time.process_time()
+    rows = read(home)
+    assert time.process_time() - began < 3
+    assert len(rows) == 1_000_000 and rows["run"].nunique() == 160

@@ -1,0 +1,88 @@
+"""Sweeps on Ray: the same rows as on this machine, and a lost node costs no run."""
+
+import json
+import threading
+
+import pandas as pd
+import pytest
+from sweep_cases import FINISH, MARK, RESULT, command, entry, failure, is_alive, marks, notebook, sweep, sweep_file, wait_for
+
+from helpers import store
+from helpers.store import Present
+from helpers.sweep import cluster, driver, plan
+
+pytestmark = pytest.mark.slow
+ROWS = 'import torch\nrun.record([{"x": float(x)} for x in torch.randn(8, generator=run.generator("x"))])'
+GO = """import time
+until = time.time() + 240
+while not (pathlib.Path(run.params.notes).parent / "go").exists() and time.time() < until:
+    time.sleep(0.1)"""
+
+
+@pytest.fixture
+def ray(monkeypatch):
+    module = pytest.importorskip("ray")
+    # on a shared machine tests at Ray's own low priority may never get their turn
+    monkeypatch.setenv("RAY_worker_niceness", "0")
+    return module
+
+
+def left_by(task) -> dict[str, object]:
+    """What a run left, without dates, durations and folders."""
+    read = lambda name: json.loads((task.folder / name).read_text())
+    found = {"files": sorted(path.name for path in task.folder.iterdir())}
+    found["parameters"] = read("parameters.json") | {"out": ""}
+    found["provenance"] = {name: value for name, value in read("provenance.json").items() if name != "started"}
+    if "done.json" in found["files"]:
+        found["done"] = {name: read("done.json")[name] for name in ("code", "uses", "held", "failed")}
+    return found
+
+
+def test_the_same_rows_as_on_this_machine(tmp_path, ray):
+    folders = [tmp_path / "here", tmp_path / "there"]
+    for folder in folders:
+        folder.mkdir()
+        notebook(folder, "50_rows", ROWS, RESULT, 'run.check("a claim", 1, True)', FINISH)
+        notebook(folder, "51_broken", ROWS, "1 / 0")
+        sweep_file(folder, entry("50_rows", grid={"seed": [0, 1, 2]}, needs={"memory_gb": 0.1}), entry("51_broken"))
+    here = sweep(folders[0] / "sweep.yaml", workers=1)
+    process = command(folders[1] / "sweep.yaml", "--engine", "ray")
+    said, _ = process.communicate(timeout=280)
+    assert process.returncode == 1 and "3 done, 1 failed" in said
+    there = plan.load(folders[1] / "sweep.yaml", str(folders[1] / "out"))
+    for one, other in zip(here.tasks, there):
+        assert left_by(one) == left_by(other)
+        pd.testing.assert_frame_equal(*(pd.read_parquet(task.folder / "rows.parquet") for task in (one, other)))
+    assert failure(there[3]) == "ZeroDivisionError: division by zero"
+    columns = [name for name in store.SCHEMA if name not in ("started", "machine")]
+    tables = [store.read(folder / "out", notebooks=folder)[columns] for folder in folders]
+    pd.testing.assert_frame_equal(*tables)
+    assert len(tables[0]) == 6
+    # what came back counts as finished here
+    assert [driver.state(task, Present(folders[1])) for task in there] == ["finished"] * 3 + ["failed"]
+
+
+def test_runs_of_a_lost_node_are_made_on_another(tmp_path, ray):
+    from ray.cluster_utils import Cluster
+
+    (tmp_path / "notes").mkdir()
+    notebook(tmp_path, "50_long", MARK, RESULT, GO, FINISH)
+    file = sweep_file(tmp_path, entry("50_long", fixed={"notes": str(tmp_path / "notes")}, grid={"seed": [0, 1, 2]}))
+    nodes = Cluster(initialize_head=True, head_node_args={"num_cpus": 0})
+    try:
+        lost, _ = [nodes.add_node(num_cpus=1) for _ in range(2)]
+        nodes.wait_for_nodes()
+        made = driver.Sweep(plan.load(file, str(tmp_path / "out")), cluster.Cluster(address=nodes.address), Present(tmp_path))
+        run = threading.Thread(target=made.run)
+        run.start()
+        wait_for(lambda: len(marks(tmp_path / "notes")) == 2)
+        nodes.remove_node(lost, allow_graceful=False)
+        wait_for(lambda: sum(is_alive(pid) for _, pid in marks(tmp_path / "notes")) == 1, 60)
+        (tmp_path / "go").touch()
+        run.join(280)
+        assert made.counts == {"done": 3}, made.failures
+    finally:
+        nodes.shutdown()
+    begun = [seed for seed, _ in marks(tmp_path / "notes")]
+    assert len(begun) == 4 and set(begun) == {0, 1, 2}
+    assert sorted(store.read(tmp_path / "out", notebooks=tmp_path)["value"]) == [0.0, 0.5, 1.0, 1.5, 2.0, 2.5]
