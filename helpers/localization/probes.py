@@ -91,19 +91,20 @@ def _minimise(x: torch.Tensor, target: torch.Tensor, penalty: float, max_iter: i
     ridge = torch.full((width,), penalty).index_fill(0, torch.tensor(width - 1), 0.0)
     found = torch.zeros(n_layers, len(target), width)
     left, weight, logits = torch.arange(n_layers), found.clone(), torch.zeros(n_layers, len(target), n)
-    for step in range(max_iter + 1):
+    direction, before, size_before, factor = found.clone(), found.clone(), torch.zeros(n_layers, 1, 1), torch.zeros(n_layers, 1, 1)
+    for step in range(max_iter):
         p = logits.softmax(1)
         gradient = (p - target) @ x.mT + ridge * weight
         moving = gradient.abs().amax((1, 2)) > TOLERANCE * n
-        if step in REFRESHED or step == max_iter or not moving.any():
+        if 2 * int(moving.sum()) <= len(moving):  # what is done drops out
             found[left] = weight
-            if step == max_iter or not moving.any():
-                break
-            if not moving.all():  # what is done drops out
-                left, x, weight, logits, p, gradient = (value[moving] for value in (left, x, weight, logits, p, gradient))
-                moving = moving[moving]
-            factor = _factor(x, p, ridge)
-            direction, before, size_before = torch.zeros_like(weight), gradient, torch.full((len(left), 1, 1), float("inf"))
+            state = left, x, weight, logits, p, gradient, direction, before, size_before, factor
+            left, x, weight, logits, p, gradient, direction, before, size_before, factor = (value[moving] for value in state)
+            moving = moving[moving]
+        if not len(left):
+            break
+        if step in REFRESHED:
+            factor, size_before = _factor(x, p, ridge), torch.full((len(left), 1, 1), float("inf"))
         solved = torch.cholesky_solve(gradient.mT, factor).mT
         size = _dot(gradient, solved)
         direction = ((size - _dot(before, solved)) / size_before).clamp(min=0) * direction - solved
@@ -112,6 +113,7 @@ def _minimise(x: torch.Tensor, target: torch.Tensor, penalty: float, max_iter: i
         change = direction @ x
         length = _length(logits, change, target, _dot(ridge * weight, direction), _dot(ridge * direction, direction))
         weight, logits = weight + length * direction, logits + length * change
+    found[left] = weight
     return found[..., :-1], found[..., -1]
 
 

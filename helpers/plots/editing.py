@@ -43,7 +43,7 @@ def spider(table: pd.DataFrame, hue: str = "mask", title: str = "") -> Figure:
     ax.set_ylim(0, 1)
     ax.set_yticks([0.25, 0.5, 0.75, 1], ["", ".5", "", "1"], fontsize=8, color="0.4")
     ax.set_title(title, pad=24)
-    ax.legend(loc="upper left", bbox_to_anchor=(1.35, 1.05), fontsize=8)
+    figure.legend(*ax.get_legend_handles_labels(), loc="outside right upper", fontsize=8)
     return figure
 
 

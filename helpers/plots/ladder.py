@@ -11,6 +11,9 @@ from matplotlib.ticker import FuncFormatter, NullFormatter, NullLocator
 
 from helpers.plots.style import PALETTE, STYLE, canvas
 
+COLOURS = [*PALETTE[:7], *PALETTE[8:]]  # without the grey one, which controls have
+MUTED = ("--", ":", "-.")
+
 
 def ladder(table: pd.DataFrame, hue: str = "mask", column: str = "measure", x: str = "deleted", before: Mapping[str, float] | None = None,
            chance: Mapping[str, float] | None = None, muted: Sequence[str] = (), xlabel: str = "weights deleted", title: str = "") -> Figure:
@@ -25,9 +28,9 @@ def ladder(table: pd.DataFrame, hue: str = "mask", column: str = "measure", x: s
     for ax, panel in zip(axes[0], panels):
         for name in hues:
             line = table[(table[column] == panel) & (table[hue] == name)].sort_values(x)
-            colour = "0.45" if name in muted else PALETTE[coloured.index(name) % len(PALETTE)]
+            colour = "0.45" if name in muted else COLOURS[coloured.index(name) % len(COLOURS)]
             lost = line["collapsed"].to_numpy(bool) if "collapsed" in line else np.zeros(len(line), bool)
-            ax.plot(line[x], line["value"], color=colour, linestyle="--" if name in muted else "-", linewidth=1.5, label=str(name))
+            ax.plot(line[x], line["value"], color=colour, linestyle=MUTED[muted.index(name) % len(MUTED)] if name in muted else "-", linewidth=1.5, label=str(name))
             ax.scatter(line[x], line["value"], s=22, edgecolors=[colour], facecolors=["white" if c else colour for c in lost], zorder=3)
             if "low" in line:
                 ax.fill_between(line[x], line["low"], line["high"], color=colour, alpha=0.12, linewidth=0)

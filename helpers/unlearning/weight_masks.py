@@ -103,8 +103,8 @@ def learn(model: Model, split: Split, where: Mask, objective: str | Objective = 
     """Train the masks of the candidates `where`; the model itself is the same before and after.
 
     The loss is that of fine-tuning (λ · forget + retain + text) plus the regulariser. One row of the history a step:
-    losses, `regulariser`, `grad_norm` (before clipping), `mean` of m and the share `deleted` of m below ½ after the
-    step. A loss that is no finite number ends training with the masks as they are, and says so; at the first step it
+    losses, `regulariser`, `grad_norm` (before clipping), and after the step the `mean` of m and the shares that are `whole`
+    (m = 1) and `deleted` (m below ½). A loss that is no finite number ends training with the masks as they are, and says so; at the first step it
     raises `TrainingError`.
     """
     objective, forget = objective_of(objective), split.forget if forget is None else forget
@@ -141,7 +141,7 @@ def learn(model: Model, split: Split, where: Mask, objective: str | Objective = 
             trained.write()
             masks = torch.cat([_mask_of(f, w0, explicit).flatten() for f, w0 in zip(free, first)])
             rows.append({"step": step, **losses, "regulariser": penalty, "grad_norm": norm, "mean": masks.mean().item(),
-                         "deleted": (masks < CUT).float().mean().item()})
+                         "whole": (masks == 1).float().mean().item(), "deleted": (masks < CUT).float().mean().item()})
         values = {}
         for name, f, w0 in zip(where.entries, free, first):
             part = where.entries[name]
