@@ -50,7 +50,7 @@ MODES = {"fp32": (torch.float32, False), "autocast": (torch.float32, True), "bf1
 # precision -> the mode, whether the optimizer works on fp32 masters
 PRECISIONS = {"fp32": ("fp32", True), "fp32 masters over bf16": ("bf16", True), "pure bf16": ("bf16", False)}
 LADDER = (1e-6, 1e-5, 3e-5, 1e-4, 3e-4, 1e-3)  # learning rates
-CHECKED, TOLERANCE = 10, 0.01  # after so many steps in fp32, the most that weights may differ by, as a share of their change
+CHECKED, TOLERANCE = 5, 0.01  # after so many steps in fp32, the most that weights may differ by, as a share of their change
 TIME_BARS = {"lookup": (0.7, 0.5), "late": (0.35, 0.25)}  # share of the plain loop's time: bar, aim
 MEMORY_BAR = 0.5  # share of its memory, at the size of a real model
 SECONDS_BARS = {"lookup": 75.0, "everything": 120.0}  # an edit of 64 facts of a tiny model and its evaluation, two cores

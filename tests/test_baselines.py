@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+import math
 import re
 from dataclasses import replace
 
@@ -14,10 +15,13 @@ import small
 import torch
 
 from helpers import facts
-from helpers.masks import mask
+from helpers.masks import SelectionError, mask
 from helpers.selection import everything
 from helpers.unlearning import baselines, tuning
-from helpers.unlearning.deletions import candidates
+from helpers.unlearning.baselines import WAYS
+from helpers.unlearning.deletions import candidates, delete, ladder, magnitude
+from helpers.unlearning.evaluation import summarize
+from helpers.unlearning.scores import measure, scored
 from helpers.unlearning.training import Settings
 from helpers.unlearning.values import Values
 from helpers.unlearning.weight_masks import Learning
@@ -39,7 +43,8 @@ def searched():
     practice = tuning.validation(cases.a_split(), 4)
     masks = baselines.deleting(candidates(model, mask(model, ["mlp 1"], "lookup")), settings=QUICK, texts=TEXTS)
     # in so small a model single weights gain little
-    cheap = {n: replace(e, space={**e.space, "strength": tuning.Log(1e-3, 1e-2)}, default={**e.default, "strength": 1e-3}) for n, e in masks.items() if "towards" in n}
+    price = {"strength": tuning.Log(1e-3, 1e-2)}
+    cheap = {n: replace(e, space=e.space | price, default={**e.default, "strength": 1e-3}) for n, e in masks.items() if "strength" in e.space}
     methods = {**entrants(model), **masks, **cheap}
     found = baselines.search(model, practice, methods, 2, **CHEAP)
     assert small.same(model, before)
@@ -48,7 +53,7 @@ def searched():
 
 def test_every_method_makes_an_edit_and_has_as_many_trials(searched):
     _, methods, found = searched
-    assert list(found) == list(methods) and len(methods) == 10
+    assert list(found) == list(methods) and len(methods) == 11
     for name, tuned in found.items():
         assert len(tuned.trials) == 2 and tuned.trials["error"].isna().all() and set(tuned.trials["method"]) == {name}
         assert set(tuned.best()) == set(methods[name].space) == set(methods[name].default)
@@ -88,15 +93,26 @@ def test_the_final_edit_is_that_of_the_trial_on_other_facts(searched):
     assert methods["MEMIT"].make(model, given, {"clamp": 0.5, "preserve": 1e6}).norm < 0.01 * methods["MEMIT"].make(model, given).norm
 
 
-def test_deleting_cuts_at_its_share():
+def test_a_mask_is_cut_where_its_score_is_best():
+    """Every rung by hand: deleted, measured, scored."""
     model, given = cases.known(), cases.a_split()
     where = candidates(model, mask(model, ["mlp 1"]))
-    methods = baselines.deleting(where, settings=QUICK, texts=TEXTS, share=0.05)
-    edit = methods["clamped, published"].make(model, given)
-    assert edit.n_weights == round(0.05 * where.n_parameters) and all((value == 0).all() for value in edit.values.values())
+    importance, ns, rows = magnitude(model, where), [10, 400, 2000], []
+    edit = baselines.best_rung(model, given, importance, [*ns, 10**6], {"learned": "not at all"})
+    base = measure(model, given, "base", "none", n_retain=baselines.READ)[0]
+    for chosen in ladder(model, importance, ns, "rung"):
+        with delete(model, chosen).applied(model):
+            rows.append(summarize(measure(model, given, "x", "y", n_retain=baselines.READ)[0], base).set_index("reading").loc["probability"])
+    table = scored(pd.DataFrame(rows).assign(text_accuracy=0.0).reset_index(drop=True), summarize(base, base), "forget")
+    assert edit.n_weights == ns[table["ours"].idxmax()] and edit.record["learned"] == "not at all" and all((v == 0).all() for v in edit.values.values())
+    with pytest.raises(SelectionError, match="1 weights are to be deleted; 0 may be"):
+        baselines.best_rung(model, given, {n: torch.full_like(v, -math.inf) for n, v in importance.items()}, ns, {})
+
+
+def test_a_point_says_how_a_mask_is_learned():
     how = baselines.at(Learning("explicit", "towards", training=QUICK), {"learning_rate": 0.2, "forget_weight": 3.0, "strength": 7.0})
     assert (how.strength, how.training.learning_rate, how.training.forget_weight, how.training.steps) == (7.0, 0.2, 3.0, 2)
-    assert "strength" not in methods["explicit, published"].space and "strength" in methods["explicit, towards"].space
+    assert baselines.at(WAYS["clamped, published"], {"learning_rate": 0.2}).strength == 1.5  # the published one
 
 
 @pytest.fixture(scope="module")
@@ -117,25 +133,21 @@ def command(tmp_path_factory):
 
 def test_the_command_writes_one_table_and_does_nothing_twice(command, monkeypatch, capsys):
     home, arguments = command
+    monkeypatch.setattr(baselines.metrics, "known", lambda model, facts: facts)
+    monkeypatch.setattr(baselines, "PRICE", tuning.Log(1e-3, 1e-2))
     assert baselines.main(arguments) == 0
     table = pd.read_csv(home / "small-delete.csv")
-    assert table["method"].tolist() == ["explicit, published", "explicit, towards", "clamped, published", "clamped, towards"]
+    assert table["method"].tolist() == list(WAYS)
     stored = [json.loads(path.read_text()) for path in (home / "tuning" / "trials").iterdir()]
-    assert len(stored) == 4 and {trial["method"] for trial in stored} == set(table["method"])
+    assert len(stored) == len(WAYS) and {trial["method"] for trial in stored} == set(table["method"])
     assert "small-delete.csv" in capsys.readouterr().out
     monkeypatch.setattr(baselines, "learn", lambda *a, **k: pytest.fail("a trial was made again"))
     before = (home / "small-delete.csv").read_bytes()
     assert baselines.main(arguments) == 0 and (home / "small-delete.csv").read_bytes() == before
 
 
-@pytest.mark.slow
-def test_several_processes_find_what_one_finds(command, tmp_path):
-    home, arguments = command
-    assert baselines.main([*arguments, "--jobs", "2", "--folder", str(tmp_path), "--out", str(tmp_path)]) == 0
-    assert (tmp_path / "small-delete.csv").read_bytes() == (home / "small-delete.csv").read_bytes()
-
-
 @pytest.mark.parametrize("changed, said", [(["--jobs", "0"], "0 jobs"), (["--forget", "first-900"], "needs 900 facts"), (["--facts", "athlets"], "athletes")])
-def test_what_is_not_there_is_named(command, changed, said, capsys):
+def test_what_is_not_there_is_named(command, changed, said, capsys, monkeypatch):
+    monkeypatch.setattr(baselines.metrics, "known", lambda model, facts: facts)
     assert baselines.main([*command[1], *changed]) == 2
     assert re.search(said, capsys.readouterr().err)

@@ -28,10 +28,14 @@ def test_probes_at_once_read_as_the_loop_does():
     theirs, ours = benchmark.loop(*given), benchmark.at_once(*given)
     assert np.abs(theirs - ours).max() <= 2 / 400
     assert theirs[0] < 0.45 and theirs[-1] > 0.8  # there is something to agree on
-    table = benchmark.compare(given, repeats=1).set_index("probes")
-    assert table["accuracy"].tolist() == pytest.approx([theirs.mean(), ours.mean()])
-    assert table["largest"].iloc[1] == pytest.approx(np.abs(theirs - ours).max())
-    assert table["share"].iloc[1] == pytest.approx(table["seconds"].iloc[1] / table["seconds"].iloc[0])
+    table = benchmark.compare(given, repeats=1).set_index(["labels", "probes"])
+    assert table.loc["true", "accuracy"].tolist() == pytest.approx([theirs.mean(), ours.mean()])
+    assert table.loc["true", "largest"].iloc[1] == pytest.approx(np.abs(theirs - ours).max())
+    assert table.loc["shuffled", "accuracy"].between(0.2, 0.5).all()
+    loop, once = (table.xs(way, level="probes")["seconds"] for way in (benchmark.LOOP, "all at once"))
+    assert loop["both"] == pytest.approx(loop["true"] + loop["shuffled"])
+    assert table.xs("all at once", level="probes")["share"].to_dict() == pytest.approx((once / loop).to_dict())
+    assert table.loc["both", "bar"].iloc[1] and list(table["bar"]).count("") == 5
 
 
 def test_probes_that_read_less_are_refused(monkeypatch):

@@ -18,7 +18,7 @@ from helpers.models import Model
 from helpers.prompts import PromptSet
 
 TOLERANCE = 5e-6  # of the mean gradient; scikit-learn stops at 1e-4
-REFRESHED = frozenset((0, 3, 8, 18, 38, 78, 158))  # steps that begin with a new preconditioner
+REFRESHED = frozenset((0, 4, 12, 30, 70, 150))  # steps that begin with a new preconditioner
 
 
 @dataclass(frozen=True, eq=False)

@@ -22,6 +22,7 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
 import pandas as pd
+import torch
 
 from helpers import metrics, provenance, splits
 from helpers.facts import DATA, load
@@ -32,10 +33,11 @@ from helpers.splits import Split
 from helpers.unlearning.alphaedit import alphaedit
 from helpers.unlearning.deletions import available, candidates, delete, ladder
 from helpers.unlearning.edit import Edit
+from helpers.unlearning.evaluation import summarize
 from helpers.unlearning.lora import finetune_lora
 from helpers.unlearning.memit import memit
 from helpers.unlearning.rome import rome
-from helpers.unlearning.scores import measure
+from helpers.unlearning.scores import measure, scored
 from helpers.unlearning.training import Settings
 from helpers.unlearning.tuning import (
     ALPHAEDIT,
@@ -58,13 +60,18 @@ from helpers.unlearning.weight_masks import Learning, learn
 
 FOLDER = DATA / "trials"
 GOALS = {"edit": "edit", "delete": "forget"}  # task → what its trials are judged by
-DELETED = 0.02  # share of the candidates that a trial of weight masks deletes
-# learning rates of the two parametrisations: a weight moves by its own size, a mask by 1
-MASKS: dict[str, Space] = {
-    "explicit": {"learning_rate": Log(0.03, 3.0), "forget_weight": Log(0.1, 5.0)},
-    "clamped": {"learning_rate": Log(1e-3, 1e-1), "forget_weight": Log(0.1, 5.0)},
+WAYS = {
+    "explicit, published": Learning("explicit", "published"),
+    "explicit, towards": Learning("explicit", "towards"),
+    "explicit, hard": Learning("explicit", "towards", hard=True),
+    "clamped, published": Learning("clamped", "published"),
+    "clamped, towards": Learning("clamped", "towards"),
 }
-PRICE: Space = {"strength": Log(10.0, 3000.0)}  # searched where it is a price; the published regulariser has the published one
+# learning rates of the two parametrisations: to be deleted a mask moves by 1, a weight by its own size
+RATES = {"explicit": Log(0.3, 30.0), "clamped": Log(2e-3, 0.2)}
+PRICE = Log(3.0, 1000.0)  # β, where it is a price: for all candidates, in nats. Else it is the published number
+SHARES = (1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 3e-2, 0.1)  # of the candidates: the rungs that a trial of a weight mask may end on
+READ, LOST = 32, 0.5  # retained facts that a rung is read on; with this share of them right or less no higher rung is tried
 
 
 @dataclass(frozen=True)
@@ -101,16 +108,15 @@ def editing(model: Model, masks: Mapping[str, Mask], settings: Settings = Settin
 
 
 def deleting(where: Mask, objective: str = "unlearn", settings: Settings = Settings(), texts: Sequence[str] | None = None,
-             share: float = DELETED, seed: int = 0) -> dict[str, Entrant]:
-    """Learned weight masks, by parametrisation and regulariser; their edits delete a share of the candidates `where`."""
+             seed: int = 0, shares: Sequence[float] = SHARES) -> dict[str, Entrant]:
+    """Learned weight masks, by WAYS. An edit is the best rung of the mask's ladder (`best_rung`) over these shares of the candidates."""
     entrants = {}
-    for parametrisation, space in MASKS.items():
-        for regulariser in ("published", "towards"):
-            base = Learning(parametrisation, regulariser, training=settings)
-            own = space if regulariser == "published" else {**space, **PRICE}
-            default = {"learning_rate": 0.3 if parametrisation == "explicit" else 0.01, "forget_weight": 1.0, "strength": 300.0}
-            entrant = Entrant(_tunable_mask(base, where, objective, texts, share, seed), own, {name: default[name] for name in own})
-            entrants[f"{parametrisation}, {regulariser}"] = entrant
+    for name, way in WAYS.items():
+        base = replace(way, training=settings)
+        space = {"learning_rate": RATES[way.parametrisation], "forget_weight": FINETUNE["forget_weight"]}
+        space |= {"strength": PRICE} if way.regulariser == "towards" else {}
+        default = {"learning_rate": 10.0 if way.parametrisation == "explicit" else 0.05, "forget_weight": 0.3, "strength": 30.0}
+        entrants[name] = Entrant(_tunable_mask(base, where, objective, texts, seed, shares), space, {key: default[key] for key in space})
     return _named(entrants)
 
 
@@ -118,6 +124,26 @@ def at(base: Learning, point: Mapping[str, float]) -> Learning:
     """How a mask is learned at a point of its space."""
     rest = {name: value for name, value in point.items() if name != "strength"}
     return replace(base, strength=point.get("strength", base.strength), training=replace(base.training, **rest))
+
+
+def best_rung(model: Model, split: Split, importance: Mapping[str, torch.Tensor], ns: Sequence[int], record: Mapping, goal: str = "forget") -> Edit:
+    """The deletion of n weights, out of `ns`, that the score `ours` prefers on the split's own facts.
+
+    How many deletions a model stands differs by orders of magnitude, so a mask is not judged at one n. Numbers above those
+    that may be deleted are left out. Raises `SelectionError` if none is left.
+    """
+    there = available(importance)
+    masks = ladder(model, importance, [n for n in ns if n <= there] or [min(max(there, 1), ns[0])], "weight mask")
+    base, rows = measure(model, split, "base", "none", n_retain=READ)[0], []
+    for chosen in masks:
+        with delete(model, chosen).applied(model):
+            found, accuracy = measure(model, split, "weight mask", chosen.name, n_retain=READ)
+        rows.append(summarize(found, base).assign(text_accuracy=accuracy))
+        if not found["top_true"][found["group"] == "retain"].mean() > LOST:  # nor would more deletions help
+            break
+    table = pd.concat(rows)
+    table = scored(table[table["reading"] == "probability"].reset_index(drop=True), summarize(base, base), goal)
+    return delete(model, masks[int(table["ours"].fillna(-1).idxmax())], record)
 
 
 def tunable_lora(mask: Mask, settings: Settings, texts: Sequence[str] | None = None, seed: int = 0) -> Tunable:
@@ -164,15 +190,13 @@ def _named(entrants: dict[str, Entrant]) -> dict[str, Entrant]:
     return {name: replace(entrant, tunable=replace(entrant.tunable, method=name)) for name, entrant in entrants.items()}
 
 
-def _tunable_mask(base: Learning, where: Mask, objective: str, texts: Sequence[str] | None, share: float, seed: int) -> Tunable:
+def _tunable_mask(base: Learning, where: Mask, objective: str, texts: Sequence[str] | None, seed: int, shares: Sequence[float]) -> Tunable:
     def make(model: Model, split: Split, point: dict) -> Edit:
         learned = learn(model, split, where, objective, at(base, point), texts, seed)
-        # a mask learned at a high price may leave fewer weights below 1
-        n = min(max(1, round(share * where.n_parameters)), max(1, available(learned.importance)))
-        (chosen,) = ladder(model, learned.importance, [n], where.name)
-        return delete(model, chosen, learned.record)
+        ns = [max(1, round(share * where.n_parameters)) for share in shares]
+        return best_rung(model, split, learned.importance, ns, learned.record, "edit" if objective == "edit" else "forget")
 
-    content = [where.digest, asdict(base), objective, None if texts is None else list(texts), share, seed]
+    content = [where.digest, asdict(base), objective, None if texts is None else list(texts), seed, list(shares)]
     return Tunable("weight mask", where.name, make, provenance.text_hash(json.dumps(content)))
 
 
