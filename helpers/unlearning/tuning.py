@@ -68,9 +68,9 @@ class Choice:
 Space = Mapping[str, Log | Choice]
 # learning rates of the tiny models; the paper searched 2e-6 to 1e-4 on models of 8 billion, and these weights
 FINETUNE: Space = {"learning_rate": Log(2e-4, 2e-2), "forget_weight": Log(0.1, 5.0)}
-ROME: Space = {"clamp": Log(0.3, 3.0), "ridge": Log(1e-4, 1e-1)}
-MEMIT: Space = {"clamp": Log(0.3, 3.0), "preserve": Log(0.003, 1.0)}  # of λ / d_mlp at 1 a third of a fact is written, at .003 all of it
-ALPHAEDIT: Space = {"clamp": Log(0.3, 3.0), "share": Log(2e-3, 0.3)}
+ROME: Space = {"clamp": Log(0.3, 2.0), "ridge": Log(1e-4, 1e-1)}
+MEMIT: Space = {"clamp": Log(0.3, 2.0), "preserve": Log(0.003, 1.0)}  # of λ / d_mlp at 1 a third of a fact is written, at .003 all of it
+ALPHAEDIT: Space = {"clamp": Log(0.3, 2.0), "share": Log(2e-3, 0.3)}
 
 
 @dataclass(frozen=True)
