@@ -49,7 +49,7 @@ def test_editing(tmp_path):
 
 
 def test_editing_other_facts_with_masks_of_ones_own(tmp_path):
-    given = {"facts": "world", "forget": "first-8", "masks": "random MLPs, MLP 0-1", "preset": "tuned"}
+    given = {"facts": "world", "forget": "first-8", "masks": "random MLPs, MLP 0-1", "preset": "tuned", "lookup": "0,1"}
     _, found, _ = execute("04_localized_editing", tmp_path, **given)
     assert well_formed(found) and set(found["localization"]) == {"none", "random MLPs", "MLP 0-1"}
     assert set(found["facts"]) == {"world first-8"} and set(found.loc[found["localization"] == "MLP 0-1", "layers"]) == {"0 1"}
