@@ -105,6 +105,12 @@ def test_levels_of_access_are_apart_and_on_the_same_facts():
     assert (found["low"] <= found["recovered"]).all() and (found["recovered"] <= found["high"]).all()
 
 
+def test_another_format_is_an_attack_by_answers_alone():
+    rows = pd.concat([UNTOUCHED, table("none", "mcq", .75, format="mcq"), table("prompt", "MCQ", .75, format="mcq"), table("prune", "half", .25)])
+    found = attacks.by_access(rows, cases.a_split()).set_index("access")["recovered"]
+    assert found["answers"] == .75 and found["weights"] == .25
+
+
 def test_every_attack_belongs_to_one_level():
     from helpers.attacks import ACCESS, ATTACKS
 

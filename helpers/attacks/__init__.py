@@ -31,7 +31,7 @@ from helpers.attacks.depth import depth_score, patch
 from helpers.attacks.headline import ACCESS, by_access, by_setting, majority, summarise, worst_case
 from helpers.attacks.latent import probe
 from helpers.attacks.prompting import gate, prompt, questions
-from helpers.attacks.relearning import curves, dose_response, relearn, relearn_text
+from helpers.attacks.relearning import PUBLISHED, curves, dose_response, relearn, relearn_text
 from helpers.attacks.rows import AttackError, swapped, untouched
 from helpers.attacks.soft_prompts import SETTINGS as SOFT
 from helpers.attacks.soft_prompts import soft_prompt
@@ -67,6 +67,7 @@ class Attack:
 
 _ALL, _PLAIN = {"orders": tuple(range(len(ORDERS)))}, {"formats": ("one_shot",)}
 _DOSES = {"rates": (2e-4, 1e-3, 5e-3), "shown": (0, 4, 8, 16, None), "steps": (0, 1, 2, 5, 10, 20, 50, 100)}
+_LIGHT = replace(PUBLISHED, batch=16, text_tokens=50)
 _LORA, _FULL = {"rates": (2e-4, 2e-3), "invented": True, "n_retain": 40}, {"rates": (1e-3,), "n_retain": 40}
 _POLITE = ("few-shot, forgotten facts", "paraphrase 1", "QA", "MCQ", "league")
 
@@ -74,13 +75,13 @@ ATTACKS: dict[str, Attack] = {
     "none": Attack(untouched, {"n_retain": 40}, {}, _ALL),
     "prompt": Attack(prompt, {"asked": _POLITE, "n_retain": 40}, {}, _ALL),
     "relearn lora": Attack(partial(relearn, how="lora"),
-                           {"rates": (2e-3,), "steps": (0, 10), "n_retain": 40, **_PLAIN},
+                           {"rates": (2e-3,), "steps": (0, 10), "settings": _LIGHT, "invented": True, "n_retain": 40, **_PLAIN},
                            _LORA, (_LORA, {"invented": True, **_DOSES})),
     "relearn full": Attack(partial(relearn, how="full"), None, _FULL, (_FULL, {"invented": True, **_DOSES})),
     "relearn text": Attack(relearn_text, None, {"rates": (1e-3,), **_PLAIN},
                            {"rates": _DOSES["rates"], "steps": _DOSES["steps"]}),
     "probe": Attack(probe, {"n_train": 200, "n_retain": 40}),
-    "patch": Attack(patch),
+    "patch": Attack(patch, {"positions": ("subject_last", "last")}),
     "soft prompt": Attack(partial(soft_prompt, kind="prompt"), None, {}, ({}, {"restarts": 4, "steps": (0, 20, 60, 120)})),
     "soft attention": Attack(partial(soft_prompt, kind="attention"), None, None,
                              {"size": 15, "restarts": 4, "steps": (0, 20, 60, 120),

@@ -84,7 +84,8 @@ def worst_case(rows: pd.DataFrame, split: Split, reading: str = "top1", lost: fl
     table = by_setting(rows, reading, lost)
     plain = table[table["control"] == ""]
     named = set(plain["attack"]) - set(NEEDS_ORIGINAL) if attacks is None else {*attacks, "none"}
-    usable = plain[plain["counts"] & ~plain["collapsed"] & plain["attack"].isin(named)]
+    alone = (plain["attack"] != BASE[0]) | (plain["setting"] == BASE[1])  # left alone in another format, it is prompted
+    usable = plain[plain["counts"] & ~plain["collapsed"] & plain["attack"].isin(named) & alone]
     if not ((usable["attack"] == BASE[0]) & (usable["setting"] == BASE[1])).any():
         raise AttackError("headline: the unedited model does not master the training format on these facts, so nothing can be "
                           "said of their recovery; keep the facts it knows (metrics.known)")

@@ -68,7 +68,7 @@ WAYS = {
     "clamped, towards": Learning("clamped", "towards"),
 }
 # learning rates of the two parametrisations: to be deleted a mask moves by 1, a weight by its own size
-RATES = {"explicit": Log(0.3, 30.0), "clamped": Log(2e-3, 0.2)}
+RATES = {"explicit": Log(0.1, 30.0), "clamped": Log(1e-3, 0.2)}
 PRICE = Log(3.0, 1000.0)  # β, where it is a price: for all candidates, in nats. Else it is the published number
 SHARES = (1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 3e-2, 0.1)  # of the candidates: the rungs that a trial of a weight mask may end on
 READ, LOST = 32, 0.5  # retained facts that a rung is read on; with this share of them right or less no higher rung is tried
@@ -115,7 +115,8 @@ def deleting(where: Mask, objective: str = "unlearn", settings: Settings = Setti
         base = replace(way, training=settings)
         space = {"learning_rate": RATES[way.parametrisation], "forget_weight": FINETUNE["forget_weight"]}
         space |= {"strength": PRICE} if way.regulariser == "towards" else {}
-        default = {"learning_rate": 10.0 if way.parametrisation == "explicit" else 0.05, "forget_weight": 0.3, "strength": 30.0}
+        rate = (10.0 if way.regulariser == "towards" else 0.3) * (1.0 if way.parametrisation == "explicit" else 0.005)
+        default = {"learning_rate": rate, "forget_weight": 0.3, "strength": 30.0}
         entrants[name] = Entrant(_tunable_mask(base, where, objective, texts, seed, shares), space, {key: default[key] for key in space})
     return _named(entrants)
 
