@@ -29,12 +29,16 @@ The rule, written before any window was edited:
 3. If both do, the verdict is both. If one does, it is that one, provided that its slope is larger than the rival's in both
    intervals of the difference; else, and if none does, it stays open. Not to survive is not to be refuted.
 
-One measure decides, named beforehand; others are to be shown beside it. Edits that wreck the model are to be left out.
+One measure decides, the first of MEASURES; the others are shown beside it. Edits that wreck the model are left out. `judge` does both:
+
+    table = judge(rows, scores)                            # `explain` for each of MEASURES
+    verdict(table[table["label"] == MEASURES[0].label])
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import numpy as np
 import pandas as pd
@@ -42,15 +46,39 @@ import statsmodels.api as sm
 
 from helpers import stats
 from helpers.localization.fact_lookup import Lookup
+from helpers.unlearning import evaluation
 
 LOOKUP, DEPTH, DIFFERENCE = "lookup", "depth", "lookup - depth"
 RIVALS = ("ignored", "straight", "curved")
 FEWEST_WINDOWS, MIN_SEEDS, MAX_VIF = 5, 3, 5.0
-WINDOW = ["model", "localization"]
+WINDOW, WINDOW_NAME = ["model", "localization"], r"MLP \d+-\d+"
+# by how much the mean over facts and seeds may change: beyond that an edit has wrecked the model
+LIMITS = {"retain top1": -evaluation.RETAIN_LOST, "mcq_retain top1": -evaluation.MCQ_LOST, "text_loss": evaluation.TEXT_LOST}
 
 
 class ExplanationError(ValueError):
     """Rows that cannot be regressed on depth and lookup."""
+
+
+@dataclass(frozen=True)
+class Measure:
+    """What is regressed: rows of one `measure` after one `attack` (`helpers.results`), and whether higher or lower is better."""
+
+    label: str
+    measure: str
+    attack: str
+    better: str
+
+    def of(self, rows: pd.DataFrame) -> pd.DataFrame:
+        """Those of the long results that hold this measure of edited MLP windows."""
+        named = rows["localization"].str.fullmatch(WINDOW_NAME)
+        return rows[named & (rows["measure"] == self.measure) & (rows["attack"] == self.attack)]
+
+
+# the first decides; it is the one by which family `depth` of data/claims.yaml compares windows
+MEASURES = (Measure("new answer in multiple choice", "mcq_edit top1", "none", "higher"),
+            Measure("true answer relearned by LoRA", "forget top1", "relearn lora", "lower"),
+            Measure("true answer, worst case of all attacks", "forget top1", "worst", "lower"))
 
 
 def layer_scores(model: str, lookup: Lookup) -> pd.DataFrame:
@@ -69,13 +97,65 @@ def layer_scores(model: str, lookup: Lookup) -> pd.DataFrame:
     return pd.DataFrame({"model": model, "layer": evidence["layer"].to_numpy(), "score": score.to_numpy()})
 
 
+def wrecked(rows: pd.DataFrame) -> pd.Series:
+    """Why, by `model` and `localization`, of the windows whose edits wreck the model: retained facts, multiple choice or general
+    text change beyond LIMITS, compared with the unedited model (localization none) where it has rows."""
+    means = rows[(rows["attack"] == "none") & rows["measure"].isin(LIMITS)].groupby([*WINDOW, "measure"])["value"].mean().unstack()
+    place = means.index.get_level_values("localization")
+    changes = means - means[place == "none"].droplevel("localization").reindex(means.index, level="model")
+    reasons = {}
+    for window, row in changes[place.str.fullmatch(WINDOW_NAME).to_numpy(bool)].iterrows():
+        broken = [f"{name} {row[name]:+.2f}" for name in row.index if (row[name] - LIMITS[name]) * np.sign(LIMITS[name]) > 0]
+        reasons |= {window: "; ".join(broken)} if broken else {}
+    return pd.Series(reasons, dtype=object).rename_axis(WINDOW) if reasons else pd.Series(dtype=object)
+
+
+def curves(rows: pd.DataFrame, measures: Sequence[Measure] = MEASURES) -> pd.DataFrame:
+    """Each measure of each window: `label`, `model`, `localization`, `start` and the figures of `stats.summary`, `collapsed`."""
+    lost, tables = set(wrecked(rows).index), []
+    for measure in measures:
+        part = measure.of(rows)
+        if len(part):
+            tables.append(stats.summary(part, [*WINDOW, "layers"]).assign(label=measure.label))
+    if not tables:
+        raise ExplanationError("no rows of MLP windows, such as 'MLP 2-4', with any of the measures")
+    table = pd.concat(tables, ignore_index=True)
+    table = table.assign(start=[int(layers.split()[0]) for layers in table["layers"]],
+                         collapsed=[key in lost for key in table[WINDOW].itertuples(index=False, name=None)])
+    return table.sort_values(["model", "start"], kind="stable", ignore_index=True)
+
+
+def judge(rows: pd.DataFrame, scores: pd.DataFrame, measures: Sequence[Measure] = MEASURES, **options) -> pd.DataFrame:
+    """`explain` for each measure, with its `label`; `options` go there. `rows` are long results of one method and set of facts.
+
+    Windows that wreck their model are left out, and so is a model with too few others. `attrs["left_out"]` says what was left out
+    and why, measures that cannot be regressed among it; the table may be empty.
+    """
+    lost, tables = wrecked(rows), []
+    left_out = {f"{model}, {window}": f"wrecks the model: {reason}" for (model, window), reason in lost.items()}
+    keys = pd.MultiIndex.from_frame(rows[WINDOW])
+    kept = rows[~keys.isin(list(lost.index)) & rows["localization"].str.fullmatch(WINDOW_NAME)]
+    count = kept.groupby("model")["localization"].nunique().reindex(rows["model"].unique(), fill_value=0)
+    few = count[count < FEWEST_WINDOWS]
+    left_out |= {model: f"{n} windows that leave it whole; needed are {FEWEST_WINDOWS}" for model, n in few.items()}
+    for measure in measures:
+        try:
+            part = measure.of(kept[~kept["model"].isin(few.index)])
+            tables.append(explain(part, scores, measure.better, **options).assign(label=measure.label))
+        except ExplanationError as error:
+            left_out[measure.label] = str(error)
+    table = pd.concat(tables, ignore_index=True) if tables else pd.DataFrame({"label": pd.Series(dtype=str)})
+    table.attrs = {"left_out": left_out}
+    return table
+
+
 def design(rows: pd.DataFrame, scores: pd.DataFrame) -> pd.DataFrame:
     """One row a `model` and window (`localization`, "MLP 2-4"): `start`, `depth` and `lookup` (both 0 to 1), sorted by start.
 
     `rows` are long results (`helpers.results`) with the column `layers`, "2 3 4"; those of other masks are passed over.
     `scores` are of all MLPs, from `layer_scores`. Raises `ExplanationError` for models without scores or with too few windows.
     """
-    named = rows[rows["localization"].str.match(r"MLP \d+-\d+$")].drop_duplicates(WINDOW)
+    named = rows[rows["localization"].str.fullmatch(WINDOW_NAME)].drop_duplicates(WINDOW)
     found = []
     for model, part in named.groupby("model", sort=False):
         share = scores[scores["model"] == model].set_index("layer")["score"]

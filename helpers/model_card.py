@@ -92,9 +92,10 @@ def general_losses(model: Model, n: int = 600) -> dict[str, float]:
 def write(folder: Path) -> dict:
     """Measure the model in ``folder``; write ``card.json``, ``curve.png``, ``depth.png`` and ``README.md`` beside the weights."""
     model = load_model(str(folder))
-    athletes, world = facts.load("athletes"), facts.load("world")
+    recipe = asdict(pretrain.Recipe(**json.loads((folder / "recipe.json").read_text())))
+    taught = pretrain.corpus(recipe["without"])
+    athletes, world = taught.athletes, taught.world
     probed = depth(model, athletes)
-    recipe = json.loads((folder / "recipe.json").read_text())
     curve = pd.read_csv(folder / "curve.csv")
     card = {"accuracy": accuracies(model, athletes, world), "depth": arrivals(probed), "loss": general_losses(model),
             "probes": probed.round(4).to_dict("list"), "tokens": int(curve["tokens"].iloc[-1]),
@@ -122,6 +123,20 @@ def missed(card: dict) -> list[str]:
     return found + [f"depth: {name} (is {deep})" for name, holds in wanted.items() if not holds]
 
 
+def _origin(name: str, recipe: dict) -> list[str]:
+    """How the recipe came about, in sentences: what was chosen by looking at what."""
+    found = ["The recipe is one of several that were tried on `tiny-llama3` and was picked by its probe figures and accuracies. It was not "
+             "frozen beforehand: edits had been run on an earlier candidate by then, so results of edits are exploratory."]
+    if name != "tiny-llama3":
+        found[0] += " It was taken over for this model without a search of its own."
+    if recipe["frozen_blocks"]:
+        found += ["", f"For its first {recipe['named_steps']} steps this model saw text with names but no facts about them. Then its first "
+                  f"{recipe['frozen_blocks']} blocks and the embeddings were frozen, and the facts were learned by the others: whatever looks a fact up lies there."]
+    if recipe["without"]:
+        found += ["", f"It never met the athletes of `{recipe['without']}`; the figures above are about the others."]
+    return found
+
+
 def _text(name: str, recipe: dict, card: dict) -> str:
     table = [f"| {k} | {v:.3f} | {f'{BARS[k]:.2f}' if k in BARS else ''} |" for k, v in card["accuracy"].items()]
     shares = [f"- {part}: " + ", ".join(f"{k} {v:.2f}" for k, v in kinds) for part, kinds in asdict(Mix()).items()]
@@ -141,9 +156,8 @@ def _text(name: str, recipe: dict, card: dict) -> str:
         f"{loss['general text, held out']:.3f} on texts kept from training.", "",
         "## Where it knows it", "", "![probe accuracy by layer](depth.png)", "",
         f"Probes tested on held-out names reach 90 % of their rise over chance at layer {deep['L(name)']} at the name and layer "
-        f"{deep['L(last)']} at the last position (layer 0: embeddings); the best accuracy at the name is {deep['best at name']:.3f}. "
-        "The recipe is one of several that were tried and was picked by these probe figures and the accuracies above. It was not frozen "
-        "beforehand: edits had been run on an earlier candidate by then, so results of edits on this model are exploratory.", "",
+        f"{deep['L(last)']} at the last position (layer 0: embeddings); the best accuracy at the name is {deep['best at name']:.3f}.", "",
+        *_origin(name, recipe), "",
         "Bars missed: " + ("; ".join(lacks) if lacks else "none") + ".", "",
         "## Training", "", "![training loss](curve.png)", "", "Recipe: " + ", ".join(f"{k} {v}" for k, v in recipe.items()) + ".", "",
         "Shares of document kinds (`helpers/documents.py`):", "", *shares, "",

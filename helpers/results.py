@@ -60,7 +60,7 @@ def by_format(estimated: pd.DataFrame, answer: str = "edit", reading: str = "top
 
 
 def of_attacks(rows: pd.DataFrame, split: Split, **where) -> pd.DataFrame:
-    """Long results from rows of `attacks.run` on one edit: each attack as made, the probes' share of layers, the worst case.
+    """Long results from rows of `attacks.run` on one edit: each attack as made, the probes' share of layers and each layer, the worst case.
 
     Left out: the facts that an attack was trained on, and `untouched` (attack "none" comes from `of_evaluation`). The worst case is missing
     where `headline.worst_case` cannot be had.
@@ -68,7 +68,7 @@ def of_attacks(rows: pd.DataFrame, split: Split, **where) -> pd.DataFrame:
     read = rows[rows["group"].isin(["forget", "retain"]) & (rows["attack"] != "none")]
     hidden = read["attack"].isin(["probe", "logit lens"])
     tables = [part.assign(attack=_names(part)) for part in _melt(read[~hidden])]
-    tables += [_probed(read), _worst(rows, split)]
+    tables += [_probed(read), _probed_by_layer(read), _worst(rows, split)]
     return _tidy(pd.concat([table for table in tables if len(table)]), **where)
 
 
@@ -102,6 +102,12 @@ def _probed(rows: pd.DataFrame) -> pd.DataFrame:
     tables = [pd.DataFrame({"fact": shares.index, "measure": f"probe_true {reading}", "value": shares[f"{column}_true"].to_numpy()})
               for reading, column in READINGS.items()]
     return pd.concat(tables).assign(attack=attack, setting=f"{position}, upper two thirds")
+
+
+def _probed_by_layer(rows: pd.DataFrame) -> pd.DataFrame:
+    """Each position and layer as an attack of its own, "probe: last, layer 3"; only top-1 of the true answer, because there are many."""
+    part = rows[(rows["attack"] == PROBED[0]) & (rows["group"] == "forget")]
+    return part.assign(attack=_names(part), fact=_facts(part), measure="forget top1", value=part["top_true"])
 
 
 def _worst(rows: pd.DataFrame, split: Split) -> pd.DataFrame:

@@ -5,14 +5,14 @@ import random
 import re
 import sys
 from collections import Counter
-from dataclasses import replace
+from dataclasses import asdict, replace
 from itertools import islice
 
 import pytest
 import torch
 
-from helpers import model_card, pretrain
-from helpers.documents import declarative_only, held_out
+from helpers import facts, model_card, pretrain
+from helpers.documents import Corpus, declarative_only, held_out
 from helpers.models import load_model
 from helpers.pretrain import RECIPES, Recipe, batches, train
 from helpers.prompts import LETTERS
@@ -366,13 +366,12 @@ def test_an_unknown_model_name_lists_the_valid_ones(monkeypatch, capsys):
 # Model card -----------------------------------------------------------------------------------------
 
 
-def test_model_card(trained, source, monkeypatch):
+def test_model_card(trained, monkeypatch):
     """Every figure is measured with the functions of the notebooks, and a model that misses its bars says so."""
     folder, _ = trained
-    load = model_card.facts.load
+    few = Corpus(facts.load("athletes")[:60], facts.load("world")[:60])
     monkeypatch.setattr(model_card, "ALL_ORDERS", (0, 9))
-    monkeypatch.setattr(model_card.facts, "load", lambda name: load(name)[:60])
-    monkeypatch.setattr(model_card.pretrain, "corpus", lambda: source)
+    monkeypatch.setattr(model_card.pretrain, "corpus", lambda without="": few)
     losses = model_card.general_losses
     monkeypatch.setattr(model_card, "general_losses", lambda model: losses(model, 60))
     card = model_card.write(folder)
@@ -384,7 +383,15 @@ def test_model_card(trained, source, monkeypatch):
     assert "trained from scratch" in text and "not affiliated" in text
     assert "MCQ, 24 orders" in text and "Bars missed: sports cloze" in text
     assert str(folder.parent) not in text + (folder / "card.json").read_text()
+    assert "was taken over for this model" in text and "were frozen" not in text
     assert (folder / "curve.png").stat().st_size > 1000 and (folder / "depth.png").stat().st_size > 1000
+
+
+def test_the_card_tells_of_both_phases_and_of_who_was_left_out():
+    late, without = (" ".join(model_card._origin(name, asdict(RECIPES[name]))) for name in ("tiny-llama3-late", "tiny-llama3-without"))
+    recipe = RECIPES["tiny-llama3-late"]
+    assert f"first {recipe.named_steps} steps" in late and f"first {recipe.frozen_blocks} blocks" in late
+    assert "never met the athletes of `first-64`" in without and "were frozen" not in without
 
 
 def test_missed_bars():

@@ -70,6 +70,15 @@ def test_probe_true_is_the_share_of_upper_layers_at_the_last_token(attacked):
         assert found[[key for key in found.index if key.startswith(f"{subject} |")][0]] == pytest.approx(part["top_true"].sum() / len(upper))
 
 
+def test_probes_stand_at_every_layer_too(attacked):
+    long = results.of_attacks(attacked, cases.a_split(), seed=0, **WHERE)
+    found = long[long["attack"].str.startswith("probe: ")].groupby("attack")["value"].mean()
+    rows = attacked[(attacked["attack"] == "probe") & (attacked["group"] == "forget")]
+    plain = rows[rows["control"] == ""].groupby(["position", "layer"])["top_true"].mean()
+    assert {(position, layer): found[f"probe: {position}, layer {layer}"] for position, layer in plain.index} == plain.to_dict()
+    assert len(found) == rows.groupby(["position", "layer", "control"]).ngroups  # controls under names of their own
+
+
 def test_the_worst_case_is_that_of_the_headline(attacked):
     long = results.of_attacks(attacked, cases.a_split(), seed=0, **WHERE)
     try:

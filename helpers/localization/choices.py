@@ -71,7 +71,7 @@ def choose(model: Model, known: Facts, split: Split, names: Sequence[str] = ("lo
         raise SelectionError(f"masks {', '.join(unknown) or '(none)'}: there are {', '.join(NAMES)}, and windows such as 'MLP 2-4'")
     draw = seed if draw is None else draw
     twins = pairs(model, split.forget[:n_facts], format, partners=known, seed=seed, minimum=2)
-    found = _look_up(model, known, split, twins, format, seed, batch_size) if lookup is None else None
+    found = look_up(model, known, split, format=format, n_facts=n_facts, seed=seed, batch_size=batch_size) if lookup is None else None
     layers = tuple(lookup) if found is None else found.layers
     if not layers:
         raise SelectionError(f"{model.name}: fact lookup chooses no MLP ({found.rule}); name layers by hand")
@@ -108,7 +108,10 @@ def is_window(name: str) -> bool:
     return name.startswith("MLP ") and first.isdecimal() and last.isdecimal() and int(first) <= int(last)
 
 
-def _look_up(model: Model, known: Facts, split: Split, twins, format: str, seed: int, batch_size: int) -> fact_lookup.Lookup:
+def look_up(model: Model, known: Facts, split: Split, *, format: str = "cloze", n_facts: int = 64, seed: int = 0,
+            batch_size: int = 64) -> fact_lookup.Lookup:
+    """Fact lookup as `choose` goes by it; the arguments are the same. Its `layers` may be empty."""
+    twins = pairs(model, split.forget[:n_facts], format, partners=known, seed=seed, minimum=2)
     relations = {fact.relation.name for fact in split.forget}
     if len(relations) > 1:
         return fact_lookup.counterfact(model, twins, threshold="calibrated", seed=seed, batch_size=batch_size)

@@ -33,7 +33,7 @@ from helpers.sites import Batch, Step, TracingError, feature_shape, place
 INPUT_STEPS = (Step.BLOCK_IN, Step.HEADS, Step.NEURONS)
 INPUT_OF_BLOCK = ("embed", "resid_pre")
 POSITION_NUMBERS = {"position_ids", "cache_position"}
-CACHE_NAMES = ("past_key_values", "layer_past")  # what blocks call the cache of generation
+CACHE_NAMES = ("past_key_values", "layer_past", "cache")  # what blocks call the cache of generation
 
 
 def flush_right(prompts) -> Batch:

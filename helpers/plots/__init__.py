@@ -5,6 +5,7 @@ Every function takes a tidy table; chance level and ceiling are drawn where accu
 
 from helpers.plots.attacks import access_bars, line_panels
 from helpers.plots.editing import estimates, spider, tradeoff
+from helpers.plots.explanations import slope_forest, start_layers
 from helpers.plots.ladder import ladder, norm_growth
 from helpers.plots.localization import (
     agreement_map,
@@ -17,6 +18,7 @@ from helpers.plots.localization import (
     stability_dots,
 )
 from helpers.plots.memory import memory_bars
+from helpers.plots.scaling import cost_lines
 from helpers.plots.series import format_bars, layer_lines, probe_lines, training_curve
 from helpers.plots.style import canvas, reference
 
@@ -26,6 +28,7 @@ __all__ = [
     "canvas",
     "chosen_map",
     "circuit",
+    "cost_lines",
     "estimates",
     "faithfulness_lines",
     "format_bars",
@@ -39,8 +42,10 @@ __all__ = [
     "probe_lines",
     "reference",
     "score_map",
+    "slope_forest",
     "spider",
     "stability_dots",
+    "start_layers",
     "tradeoff",
     "training_curve",
 ]

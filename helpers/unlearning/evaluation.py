@@ -80,7 +80,7 @@ def summarize(rows: pd.DataFrame, base: pd.DataFrame) -> pd.DataFrame:
     """
     table = _measures(rows)
     before = _measures(base).drop_duplicates("reading").set_index("reading")
-    reasons = [_reasons(row, before.loc[row["reading"]]) for _, row in table.iterrows()]
+    reasons = [collapse(row, before.loc[row["reading"]]) for _, row in table.iterrows()]
     kept = [row["retain"] >= before.loc[row["reading"], "retain"] - RETAIN_KEPT for _, row in table.iterrows()]
     return table.assign(retain_kept=kept, collapsed=[bool(r) for r in reasons], collapse=["; ".join(r) for r in reasons])
 
@@ -108,8 +108,8 @@ def measure_names(group: str, format: str) -> dict[str, str]:
     return {"true": f"{format}_forget", "edit": f"{format}_edit"}
 
 
-def _reasons(row: pd.Series, base: pd.Series) -> list[str]:
-    """Why this row counts as collapsed; a measure that is not there is no reason."""
+def collapse(row: pd.Series, base: pd.Series) -> list[str]:
+    """Why a row of means (`retain`, `mcq_retain`, `text_loss`) counts as collapsed; a measure that is not there is no reason."""
     limits = {"retain": -RETAIN_LOST, "mcq_retain": -MCQ_LOST, "text_loss": TEXT_LOST}
     found = []
     for name, limit in limits.items():
