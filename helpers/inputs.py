@@ -1,4 +1,4 @@
-"""The files behind a run's parameters `model` and `facts`: weights and tokenizer, the table of facts and its templates."""
+"""The files behind a run's parameters `model`, `facts` and `texts`: weights and tokenizer, the table of facts and its templates, text."""
 
 from pathlib import Path
 
@@ -14,7 +14,8 @@ def files(params: Parameters) -> list[Path]:
 
     Empty for parameters that name nothing known; loading them says what is wrong.
     """
-    return [*_model(getattr(params, "model", "")), *_facts(getattr(params, "facts", ""))]
+    text = Path(getattr(params, "texts", ""))
+    return [*_model(getattr(params, "model", "")), *_facts(getattr(params, "facts", "")), *([text] if text.is_file() else [])]
 
 
 def _model(name: str) -> list[Path]:
@@ -28,7 +29,7 @@ def _model(name: str) -> list[Path]:
 
 
 def _facts(source: str) -> list[Path]:
-    table = BUNDLED.get(source, Path(source))
+    table = BUNDLED.get(source, Path(source.rpartition(":")[2]))  # "counterfact:<path>" reads a local copy
     beside = table.with_suffix(".yaml") if source else table
     templates = beside if beside.is_file() else DATA / "relations.yaml"
     return [table, templates] if table.is_file() else []

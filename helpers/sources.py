@@ -108,6 +108,17 @@ def texts(source: str = "", n: int = 512, seed: int = 0, buffer: int = 50_000) -
     return [text[:TEXT_LENGTH] for text in random.Random(f"texts-{seed}").sample(found, n)]
 
 
+def text_sets(source: str = "", seed: int = 0, n: int = 512, n_held_out: int = 200) -> tuple[list[str], list[str]]:
+    """Text to train on and other text to measure with. Of the tiny models' own kind, the latter is in no tiny model's training either.
+
+    `source` and errors as in `texts`.
+    """
+    if not source:
+        return general_texts(n), general_texts(n_held_out, held_out=True)
+    drawn = texts(source, n + n_held_out, seed)
+    return drawn[:n], drawn[n:]
+
+
 def _athletes(where: str, edit: str) -> Facts:
     if edit not in EDITS:
         raise SourceError(f"paper-athletes: edit={edit!r}; there are {', '.join(EDITS)}")

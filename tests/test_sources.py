@@ -255,6 +255,15 @@ def test_texts_from_files(tmp_path):
     assert texts("", 3) == sources.general_texts(3)
 
 
+def test_text_to_train_on_and_to_measure_with_is_disjoint(tmp_path):
+    own = [f"text number {i}" for i in range(9)]
+    (tmp_path / "own.txt").write_text("\n\n".join(own))
+    taught, held_out = sources.text_sets(str(tmp_path / "own.txt"), n=6, n_held_out=3)
+    assert len(taught) == 6 and set(taught) | set(held_out) == set(own)
+    taught, held_out = sources.text_sets()
+    assert (taught, held_out) == (sources.general_texts(), sources.general_texts(200, held_out=True)) and not set(taught) & set(held_out)
+
+
 def test_the_pile_is_streamed_once(tmp_path, monkeypatch):
     rows = [{"text": f"document {i} " + "x" * 5000} for i in range(40)]
     datasets.Dataset.from_list(rows).to_json(tmp_path / "pile.jsonl")

@@ -128,3 +128,12 @@ def test_a_model_from_the_hub_is_known_by_its_commit(tmp_path, monkeypatch):
 def test_inputs_of_nothing_known():
     declared = parameters.from_cell('profile: str = "quick"  # profile')
     assert inputs.files(parameters.validate(declared, {})) == []
+
+
+def test_a_local_copy_of_a_source_and_text_of_ones_own_are_inputs(tmp_path):
+    table, text = tmp_path / "counterfact.jsonl", tmp_path / "own.txt"
+    table.write_text("{}")
+    text.write_text("text")
+    declared = parameters.from_cell('profile: str = "quick"  # profile\nfacts: str = ""  # facts\ntexts: str = ""  # texts')
+    assert inputs.files(parameters.validate(declared, {"facts": f"counterfact:{table}", "texts": str(text)}))[::2] == [table, text]
+    assert inputs.files(parameters.validate(declared, {"facts": "counterfact:nowhere", "texts": "pile"})) == []
