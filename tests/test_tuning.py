@@ -79,6 +79,14 @@ def test_points_are_the_same_for_all_and_seeded():
     assert logs.between(-4, -1).all() and abs(logs.mean() + 2.5) < 0.2 and {p["steps"] for p in drawn} == {10, 20, 30}
 
 
+def test_masks_of_the_same_weights_share_their_trials(worded, tmp_path):
+    model, _, practice = worded
+    named = [tunable_finetune(mask(model, ["mlp 0"], name), settings=QUICK, texts=TEXTS) for name in ("lookup", "causal tracing MLPs")]
+    one, other = tune_all(model, practice, named, FINETUNE, 1, folder=tmp_path, **CHEAP)
+    assert len(list(tmp_path.iterdir())) == 1
+    assert other.mask == "causal tracing MLPs" and one.trials.drop(columns="mask").equals(other.trials.drop(columns="mask"))
+
+
 def test_equal_budgets_determinism_and_resumption(worded, tmp_path, monkeypatch):
     model, _, practice = worded
     before = small.weights(model)

@@ -187,7 +187,8 @@ def tune(model: Model, practice: Split, method: Tunable, space: Space, trials: i
                           "and at least one is needed of the others")
     base = measure(model, practice, "base", "none", **measured) if base is None else base
     facts = [part.digest() for part in (practice.forget, practice.retain_train, practice.retain_test)]
-    identity = [weights_hash(model), facts, method.method, method.mask, method.identity,
+    # the mask's name is left out: masks of the same weights share their trials
+    identity = [weights_hash(model), facts, method.method, method.identity,
                 {key: repr(value) for key, value in measured.items()}, provenance.code_hash("")]
     rows, tried = [], list(enumerate(points(space, trials, seed)))
     for trial, point in progress(tried, f"tuning {method.method}, {method.mask}"):
