@@ -13,6 +13,7 @@ import argparse
 import ast
 import html
 import json
+import logging
 import os
 import sys
 import time
@@ -242,6 +243,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         given |= {"figures": "figures"} if write_back else {}
         for name, text in options.given:
             given |= {name: _value(text, path, name) for path in notebooks}
+        logging.getLogger("papermill").setLevel(logging.ERROR)  # it warns of `figures`, which every notebook takes though none declares it
         outcomes = run(notebooks, given, options.out, write_back=write_back)
     except ValueError as error:
         print(error, file=sys.stderr)
