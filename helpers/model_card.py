@@ -120,7 +120,9 @@ def missed(card: dict) -> list[str]:
     name, last = deep["L(name)"], deep["L(last)"]
     wanted = {"L(name) >= 2": name is not None and name >= 2, "best at name >= .9": deep["best at name"] >= 0.9,
               "L(last) - L(name) >= 2": None not in (name, last) and last - name >= 2}
-    return found + [f"depth: {name} (is {deep})" for name, holds in wanted.items() if not holds]
+    measured = ", ".join(f"{what} {value:.3g}" if value is not None else f"{what} nowhere" for what, value in deep.items())
+    lacking = [name for name, holds in wanted.items() if not holds]
+    return found + ([f"depth: {', '.join(lacking)} (is {measured})"] if lacking else [])
 
 
 def _origin(name: str, recipe: dict) -> list[str]:
@@ -159,7 +161,7 @@ def _text(name: str, recipe: dict, card: dict) -> str:
         f"{deep['L(last)']} at the last position (layer 0: embeddings); the best accuracy at the name is {deep['best at name']:.3f}.", "",
         *_origin(name, recipe), "",
         "Bars missed: " + ("; ".join(lacks) if lacks else "none") + ".", "",
-        "## Training", "", "![training loss](curve.png)", "", "Recipe: " + ", ".join(f"{k} {v}" for k, v in recipe.items()) + ".", "",
+        "## Training", "", "![training loss](curve.png)", "", "Recipe: " + ", ".join(f"{k} {v}" for k, v in recipe.items() if v != "") + ".", "",
         "Shares of document kinds (`helpers/documents.py`):", "", *shares, "",
         "Athletes in declarative sentences only: the 30 % chosen by `documents.declarative_only`. Licence: MIT, as the repository.", ""])
 
