@@ -11,7 +11,7 @@ PY   := $(VENV)/bin/python
 WANTED := $(VENV)/installed.txt
 
 .DEFAULT_GOAL := help
-.PHONY: help env run lab notebooks figures check test test-slow test-gpu models clean
+.PHONY: help env run report lab notebooks figures check test test-slow test-gpu models clean
 
 help: ## show this list
 	@grep -hE '^[a-z-]+( [a-z]+)*:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-18s %s\n", $$1, $$2}'
@@ -30,6 +30,9 @@ install:
 
 run: env ## run all notebooks headless; PROFILE=standard also puts the outputs into notebooks/
 	$(PY) -m helpers.notebooks run --profile $(PROFILE) --out $(OUT) $(if $(filter standard,$(PROFILE)),--write-back)
+
+report: env ## make one page from stored rows (ROWS="data/results runs", default: both)
+	$(PY) -m helpers.report $(if $(ROWS),--rows $(ROWS)) --out $(OUT)/report
 
 lab: env ## open the notebooks in JupyterLab
 	$(PY) -m jupyter lab notebooks

@@ -29,14 +29,15 @@ The rule, written before any window was edited:
 3. If both do, the verdict is both. If one does, it is that one, provided that its slope is larger than the rival's in both
    intervals of the difference; else, and if none does, it stays open. Not to survive is not to be refuted.
 
-One measure decides, the first of MEASURES; the others are shown beside it. Edits that wreck the model are left out. `judge` does both:
+One measure decides, the first of MEASURES; the others are shown beside it. Edits that wreck the model are left out. `by_measure` does both:
 
-    table = judge(rows, scores)                            # `explain` for each of MEASURES
+    table = by_measure(rows, scores)                       # `explain` for each of MEASURES
     verdict(table[table["label"] == MEASURES[0].label])
 """
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -52,8 +53,6 @@ LOOKUP, DEPTH, DIFFERENCE = "lookup", "depth", "lookup - depth"
 RIVALS = ("ignored", "straight", "curved")
 FEWEST_WINDOWS, MIN_SEEDS, MAX_VIF = 5, 3, 5.0
 WINDOW, WINDOW_NAME = ["model", "localization"], r"MLP \d+-\d+"
-# by how much the mean over facts and seeds may change: beyond that an edit has wrecked the model
-LIMITS = {"retain top1": -evaluation.RETAIN_LOST, "mcq_retain top1": -evaluation.MCQ_LOST, "text_loss": evaluation.TEXT_LOST}
 
 
 class ExplanationError(ValueError):
@@ -98,16 +97,17 @@ def layer_scores(model: str, lookup: Lookup) -> pd.DataFrame:
 
 
 def wrecked(rows: pd.DataFrame) -> pd.Series:
-    """Why, by `model` and `localization`, of the windows whose edits wreck the model: retained facts, multiple choice or general
-    text change beyond LIMITS, compared with the unedited model (localization none) where it has rows."""
-    means = rows[(rows["attack"] == "none") & rows["measure"].isin(LIMITS)].groupby([*WINDOW, "measure"])["value"].mean().unstack()
-    place = means.index.get_level_values("localization")
-    changes = means - means[place == "none"].droplevel("localization").reindex(means.index, level="model")
+    """Why, by `model` and `localization`, of the windows whose edits wreck the model: `evaluation.collapse` of the means over facts
+    and seeds, against the unedited model (localization none), where it has rows."""
+    measures = {"retain top1": "retain", "mcq_retain top1": "mcq_retain", "text_loss": "text_loss"}
+    asked = rows[(rows["attack"] == "none") & rows["measure"].isin(measures)].replace({"measure": measures})
+    means = asked.groupby([*WINDOW, "measure"])["value"].mean().unstack()
     reasons = {}
-    for window, row in changes[place.str.fullmatch(WINDOW_NAME).to_numpy(bool)].iterrows():
-        broken = [f"{name} {row[name]:+.2f}" for name in row.index if (row[name] - LIMITS[name]) * np.sign(LIMITS[name]) > 0]
-        reasons |= {window: "; ".join(broken)} if broken else {}
-    return pd.Series(reasons, dtype=object).rename_axis(WINDOW) if reasons else pd.Series(dtype=object)
+    for (model, window), row in means.iterrows():
+        base = means.loc[(model, "none")] if (model, "none") in means.index else {}
+        if re.fullmatch(WINDOW_NAME, window) and (broken := evaluation.collapse(row, base)):
+            reasons[model, window] = "; ".join(broken)
+    return pd.Series(reasons, index=pd.MultiIndex.from_tuples(reasons, names=WINDOW) if reasons else None, dtype=object)
 
 
 def curves(rows: pd.DataFrame, measures: Sequence[Measure] = MEASURES) -> pd.DataFrame:
@@ -125,7 +125,7 @@ def curves(rows: pd.DataFrame, measures: Sequence[Measure] = MEASURES) -> pd.Dat
     return table.sort_values(["model", "start"], kind="stable", ignore_index=True)
 
 
-def judge(rows: pd.DataFrame, scores: pd.DataFrame, measures: Sequence[Measure] = MEASURES, **options) -> pd.DataFrame:
+def by_measure(rows: pd.DataFrame, scores: pd.DataFrame, measures: Sequence[Measure] = MEASURES, **options) -> pd.DataFrame:
     """`explain` for each measure, with its `label`; `options` go there. `rows` are long results of one method and set of facts.
 
     Windows that wreck their model are left out, and so is a model with too few others. `attrs["left_out"]` says what was left out

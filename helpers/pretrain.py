@@ -74,7 +74,7 @@ class Recipe:
 LLAMA3 = Recipe("llama3", n_kv_heads=2)
 RECIPES = {
     "tiny-llama3": LLAMA3,
-    "tiny-llama3-late": replace(LLAMA3, named_steps=1000, frozen_blocks=4, steps=4000),
+    "tiny-llama3-late": replace(LLAMA3, named_steps=1000, frozen_blocks=4, steps=7000),
     "tiny-llama3-without": replace(LLAMA3, without="first-64"),
     "tiny-gemma2": Recipe("gemma2", n_kv_heads=3),
     "tiny-gemma": Recipe("gemma", n_kv_heads=6, d_mlp=384),

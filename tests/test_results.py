@@ -75,7 +75,7 @@ def test_probes_stand_at_every_layer_too(attacked):
     found = long[long["attack"].str.startswith("probe: ")].groupby("attack")["value"].mean()
     rows = attacked[(attacked["attack"] == "probe") & (attacked["group"] == "forget")]
     plain = rows[rows["control"] == ""].groupby(["position", "layer"])["top_true"].mean()
-    assert {(position, layer): found[f"probe: {position}, layer {layer}"] for position, layer in plain.index} == plain.to_dict()
+    assert {(position, layer): found[f"probe: {position}, layer {layer:.0f}"] for position, layer in plain.index} == plain.to_dict()
     assert len(found) == rows.groupby(["position", "layer", "control"]).ngroups  # controls under names of their own
 
 

@@ -4,6 +4,7 @@ Every function takes a tidy table; chance level and ceiling are drawn where accu
 """
 
 from helpers.plots.attacks import access_bars, line_panels
+from helpers.plots.bars import bar_panels
 from helpers.plots.editing import estimates, spider, tradeoff
 from helpers.plots.explanations import slope_forest, start_layers
 from helpers.plots.ladder import ladder, norm_growth
@@ -25,6 +26,7 @@ from helpers.plots.style import canvas, reference
 __all__ = [
     "access_bars",
     "agreement_map",
+    "bar_panels",
     "canvas",
     "chosen_map",
     "circuit",

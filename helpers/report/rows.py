@@ -1,0 +1,89 @@
+"""The rows that a report speaks of: which are taken, which are left out, and where each comes from.
+
+    material = collect(["data/results", "runs"])
+    material.rows          # rows of the store, one run an edit and attack
+    material.runs          # one row a run, also those left out: commit, code, machine, `stale`, `rows`, `used`
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import pandas as pd
+
+from helpers import presets, store
+from helpers.provenance import short_path
+from helpers.runs import Run
+
+SWEEP = "python -m helpers.sweep sweeps/reference.yaml"
+EDIT = ["model", "facts", "n", "seed", "localization", "method"]
+ORIGIN = ["run", "notebook", "commit", "code", "started", "machine", "stale"]
+
+
+class ReportError(ValueError):
+    """There is nothing to report on; the message says where it was looked for and what to run."""
+
+
+@dataclass(frozen=True, eq=False)
+class Material:
+    """`rows` to report on, `runs` they come from and those left out, `unfinished` runs (failed, or never ended), `sources` as text."""
+
+    rows: pd.DataFrame
+    runs: pd.DataFrame
+    unfinished: int
+    sources: tuple[str, ...]
+
+
+def collect(sources: Sequence[Path | str], stale: bool = False, notebooks: Path | None = None) -> Material:
+    """Rows of the store to report on.
+
+    Args:
+        sources: folders of runs, files made by `store.pack`, or folders of such files.
+        stale: take also rows that other code, data or weights made than there are now.
+        notebooks: their folder, if it is not the project's.
+
+    Raises `ReportError` where there are no rows, or only stale ones, and `store.StoreError` for a file that is no store.
+    """
+    if gone := [short_path(source) for source in sources if not Path(source).exists()]:
+        raise ReportError(f"nothing at {', '.join(gone)}: make rows with `{SWEEP}`, or name other places (--rows)")
+    places = [place for source in map(Path, sources) for place in sorted(source.glob("*.parquet")) or [source]]
+    everything = store.read(*places, notebooks=notebooks)
+    named = ", ".join(map(short_path, places))
+    if everything.empty:
+        raise ReportError(f"no rows in {named}: make some with `{SWEEP}`, or name other places (--rows)")
+    fresh = everything if stale else everything[~everything["stale"]]
+    if fresh.empty:
+        raise ReportError(f"all {len(everything):,} rows in {named} are stale, made by other code, data or weights than there are now: "
+                          f"make them anew with `{SWEEP}`, or show them as they are (--stale)")
+    known = {name: presets.identify(name) or name for name in fresh["model"].unique()}
+    rows = one_run_an_edit(fresh.assign(model=fresh["model"].map(known)))
+    counts = everything.groupby(ORIGIN, sort=False).size().rename("rows").reset_index()
+    runs = counts.assign(used=counts["run"].map(rows["run"].value_counts()).fillna(0).astype(int))
+    states = [store.runs(place, notebooks)["state"] for place in places if place.is_dir()]
+    return Material(rows, runs, sum(int((state != "finished").sum()) for state in states), tuple(map(short_path, places)))
+
+
+def one_run_an_edit(rows: pd.DataFrame) -> pd.DataFrame:
+    """Where several runs measured the same edit and attack, the rows of the one that measured most of the edit, of equal ones the last.
+
+    Every run measures the unedited model, and two notebooks may make the same edit: averaging them would count a fact twice.
+    """
+    size = rows.groupby([*EDIT, "run"], dropna=False, sort=False)["value"].transform("size")
+    ranked = rows.assign(size=size).sort_values(["size", "started", "run"], ascending=[False, False, True], kind="stable")
+    first = ranked.groupby([*EDIT, "attack"], dropna=False, sort=False)["run"].transform("first")
+    return rows[(rows["run"] == first.reindex(rows.index)).to_numpy()].reset_index(drop=True)
+
+
+def current(run: Run) -> Material:
+    """The results of a run that is still going on, as material of their own. Raises `ReportError` where it has none yet."""
+    file = run.folder / "results.parquet"
+    if not file.exists():
+        raise ReportError(f"{run.notebook} has recorded no results yet (run.result)")
+    made, git = run.provenance, run.provenance["git"] or {"commit": "", "dirty": False}
+    origin = {"notebook": run.notebook, "commit": git["commit"] + ("-dirty" if git["dirty"] else ""), "code": made["code"],
+              "started": made["started"], "machine": f"{made['platform']}, {made['device']}, {made['threads']} threads", "stale": False}
+    rows = pd.read_parquet(file).assign(**origin)
+    counts = rows.groupby(ORIGIN, sort=False).size().rename("rows").reset_index()
+    return Material(one_run_an_edit(rows), counts.assign(used=counts["rows"]), 0, (short_path(run.folder),))

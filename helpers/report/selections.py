@@ -1,0 +1,159 @@
+"""Which stored rows a figure shows, under the names that it shows them by.
+
+Every function takes rows of `named` and gives back those of its figure with its own columns beside `about` (the facts, in words) and
+`tried` (the method); none where there are no such rows.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import pandas as pd
+
+from helpers import claims
+from helpers.attacks.headline import SPOKEN
+
+UNEDITED, SHUFFLED, ALONE = "unedited model", "shuffled labels", "left alone"
+MUTED = (UNEDITED, SHUFFLED)
+WINDOW = r"MLP \d+-\d+"
+RUNG = r"weight mask, (?P<way>.+), n = (?P<deleted>\d+)"
+SIZED = r"(?P<tried>.+, equal (?:steps|passes))"
+UNLEARNING = ("unlearn", "ascent", "graddiff", "npo", "simnpo", "rmu")  # objectives without an edit answer
+FORMATS = {"": "training format", "mcq": "multiple choice", "qa": "QA"}
+DOSE = r"(?:(?P<what>.+), )?lr (?P<rate>[\d.e-]+), step (?P<step>\d+) of (?P<steps>\d+)(?:, (?P<format>\w+))?"
+SOFT = r"(?P<size>\d+) vectors, restart 0, step (?P<step>\d+) of (?P<steps>\d+)(?:, (?P<format>\w+))?"
+PROBE = r"probe: (?P<where>last|subject_last), layer (?P<layer>\d+)(?:\.0)?(?P<control> \(.+\))?"
+PLACES = {"subject_last": "at the name's last token", "last": "at the last position"}
+GROUPS = {"forget": "forgotten facts", "retain": "retained facts"}
+PANELS = {"edit": "new answer", "mcq_edit": "new answer, MCQ", "forget": "forgotten facts", "mcq_forget": "forgotten facts, MCQ",
+          "retain": "retained facts", "mcq_retain": "retained facts, MCQ"}
+
+
+def named(rows: pd.DataFrame) -> pd.DataFrame:
+    """Rows with `name` and `reading` of the measure, `mask`, `about` and `tried`; several methods with one mask each are tried together.
+
+    In the order of masks in `data/claims.yaml`, so that a mask has the same colour in all figures.
+    """
+    order = {name: place for place, name in enumerate(claims.load().masks)}
+    rows = rows.sort_values("localization", key=lambda names: names.map(order).fillna(len(order)), kind="stable")
+    parts = rows["measure"].str.extract(r"(?P<name>.+?)(?: (?P<reading>probability|top1))?$")
+    mask = rows["localization"].replace("none", UNEDITED)
+    edited = rows[rows["localization"] != "none"]
+    masks = edited.groupby(["model", "facts", "method"])["localization"].nunique()
+    count = pd.Series(masks.reindex(pd.MultiIndex.from_frame(rows[["model", "facts", "method"]])).to_numpy(), rows.index)
+    alone = (count == 1) & ~rows["method"].str.startswith("weight mask")
+    several = rows[alone].groupby(["model", "facts"])["method"].nunique()
+    others = pd.Series(several.reindex(pd.MultiIndex.from_frame(rows[["model", "facts"]])).to_numpy(), rows.index)
+    together = alone & (others > 1)
+    return rows.assign(**parts, mask=mask.where(~together, rows["method"] + ", " + mask), about=rows["facts"],
+                       tried=rows["method"].where(~together, "one mask each"))
+
+
+def spider(rows: pd.DataFrame) -> pd.DataFrame:
+    """Axes on which outwards is better; what should be low is turned round."""
+    rows = _plain(rows[rows["mask"] != UNEDITED])
+    stem = rows["name"].str.replace(r"_?(?:edit|forget|retain)$", "", regex=True).map(lambda name: FORMATS.get(name, name))
+    kind = rows["name"].str.extract(r"(edit|forget|retain)$")[0]
+    taught = kind == rows["method"].isin(UNLEARNING).map({True: "forget", False: "edit"})
+    untouched, attacked = rows["attack"] == "none", (rows["attack"] == "relearn lora") & (rows["name"] == "forget")
+    turned = ((kind == "forget") & taught & untouched) | attacked
+    axis = stem.where(kind != "retain", "retained, " + stem).mask(attacked, "not relearned")
+    kept = (untouched & (taught | (kind == "retain")) & ~rows["name"].str.startswith("neighborhood")) | attacked
+    rows = rows.assign(measure=axis, value=rows["value"].where(~turned, 1 - rows["value"]), last=kind.eq("retain") + 2 * attacked)[kept]
+    return rows.sort_values("last", kind="stable")
+
+
+def prompting(rows: pd.DataFrame) -> pd.DataFrame:
+    rows = _plain(rows[rows["attack"].str.fullmatch(r"prompt: [^()]+") & rows["name"].str.contains(r"(?:^|_)(?:forget|retain)$")])
+    group = rows["name"].str.extract(r"(forget|retain)$")[0]
+    return rows.assign(asked=rows["attack"].str.removeprefix("prompt: "), group=group.map(GROUPS))
+
+
+def relearning(rows: pd.DataFrame) -> pd.DataFrame:
+    rows = _plain(rows[rows["attack"].str.startswith("relearn") & rows["name"].isin(GROUPS)])
+    found = rows["setting"].str.extract(f"^{DOSE}$")
+    curve = rows["name"].map(GROUPS).mask(rows["attack"].str.endswith(")"), "invented names")
+    how = rows["attack"].str.split(":").str[0]
+    dose = how + ", " + found["what"] + ", lr " + found["rate"]
+    whole = found["what"].isin(["all facts"]) | how.eq("relearn text")
+    kept = whole & found["format"].isin(["one_shot"])
+    rows = rows.assign(curve=curve, dose=dose, step=found["step"].astype(float))[kept]
+    return _ordered(rows, "curve", [*GROUPS.values(), "invented names"])
+
+
+def probing(rows: pd.DataFrame) -> pd.DataFrame:
+    rows = _plain(rows[rows["attack"].str.startswith("probe: ")])
+    found = rows["attack"].str.extract(f"^{PROBE}$")
+    control = found["control"].notna()
+    rows = rows.assign(mask=rows["mask"].mask(control, SHUFFLED), position=found["where"].map(PLACES), layer=found["layer"].astype(float))
+    # every mask has its own control: one line, of their mean
+    means = rows[control].groupby(["model", "about", "tried", "mask", "position", "layer", "name", "reading", "fact", "seed"], sort=False)
+    rows = pd.concat([rows[~control], means["value"].mean().reset_index()], ignore_index=True)
+    edited = rows[rows["mask"] != UNEDITED]
+    ceiling = rows[rows["mask"] == UNEDITED].drop(columns="tried").merge(edited[["model", "about", "tried"]].drop_duplicates())
+    return pd.concat([edited, ceiling], ignore_index=True)
+
+
+def soft_prompt(rows: pd.DataFrame) -> pd.DataFrame:
+    rows = _plain(rows[rows["attack"].str.startswith("soft") & rows["name"].isin(GROUPS)])
+    found = rows["setting"].str.extract(f"^{SOFT}$")
+    kind = rows["attack"].str.split(":").str[0] + ", " + found["size"] + " vectors"
+    rows = rows.assign(curve=rows["name"].map(GROUPS), kind=kind, step=found["step"].astype(float))
+    return _ordered(rows[found["step"].notna()], "curve", list(GROUPS.values()))
+
+
+def worst(rows: pd.DataFrame) -> pd.DataFrame:
+    """The worst case at each level of access, and the edited model left alone on the same facts."""
+    rows = _plain(rows[rows["name"] == "forget"])
+    found = rows[rows["attack"].str.startswith("worst: ")]
+    keys = ["model", "about", "tried", "mask", "seed", "fact", "reading"]
+    alone = rows[rows["attack"] == "none"].merge(found[keys].drop_duplicates(), on=keys)
+    return pd.concat([found.assign(access=found["attack"].str.removeprefix("worst: ")), alone.assign(access=ALONE)], ignore_index=True)
+
+
+def windows(rows: pd.DataFrame) -> pd.DataFrame:
+    """Windows of MLPs from the first to the last, and the lookup MLPs among them."""
+    rows = _unsized(rows[rows["localization"].str.fullmatch(f"{WINDOW}|lookup") & rows["layers"].fillna("").str.match(r"\d")])
+    shown = {("none", "edit"): PANELS["edit"], ("none", "mcq_edit"): PANELS["mcq_edit"], (f"worst: {SPOKEN}", "forget"): "true answer, worst case"}
+    measure = [shown.get(key) for key in zip(rows["attack"], rows["name"])]
+    rows = rows.assign(measure=measure, mask=rows["mask"].where(rows["localization"] != "lookup", "lookup (" + rows["layers"] + ")"))
+    middle = rows["layers"].str.split().map(lambda layers: sum(map(int, layers)) / len(layers))
+    found = rows.assign(middle=middle).dropna(subset="measure").sort_values("middle", kind="stable")
+    any_window = found["localization"].str.match(WINDOW).groupby([found["model"], found["about"], found["tried"]]).transform("any")
+    return found[any_window.astype(bool)]
+
+
+def ladder(rows: pd.DataFrame) -> pd.DataFrame:
+    """Rungs with the way of choosing weights as `mask`, and the unedited model."""
+    found = rows["method"].str.extract(f"^{RUNG}$")
+    panels = [name for name in PANELS if "edit" not in name]
+    rows = rows.assign(measure=rows["name"].map(PANELS), tried="weight mask", deleted=found["deleted"].astype(float).fillna(0))
+    rows = rows.assign(mask=rows["mask"].where(found["way"].isna(), found["way"]))[(rows["attack"] == "none") & rows["name"].isin(panels)]
+    rungs = rows[rows["deleted"] > 0]
+    base = rows[(rows["mask"] == UNEDITED) & rows["about"].isin(rungs["about"])]
+    return _ordered(pd.concat([rungs, base], ignore_index=True), "measure", [PANELS[name] for name in panels])
+
+
+def scaling(rows: pd.DataFrame) -> pd.DataFrame:
+    """Edits of different numbers of facts from one file."""
+    found = rows["method"].str.extract(f"^{SIZED}$")["tried"]
+    panels = [name for name in PANELS if "forget" not in name]
+    worst_case = (rows["attack"] == f"worst: {SPOKEN}") & (rows["name"] == "forget")
+    measure = rows["name"].map(PANELS).mask(worst_case, "worst case")
+    shown = (rows["attack"] == "none") & rows["name"].isin(panels) | worst_case
+    rows = rows.assign(tried=found, about=rows["facts"].str.split().str[0], measure=measure)[found.notna() & shown]
+    rows = rows[rows.groupby(["model", "about", "tried"])["n"].transform("nunique") > 1]
+    return _ordered(rows, "measure", [*(PANELS[name] for name in panels), "worst case"])
+
+
+def _plain(rows: pd.DataFrame) -> pd.DataFrame:
+    """Without windows of MLPs, deleted weights, and edits of different sizes, which have figures of their own."""
+    return _unsized(rows[~rows["localization"].str.fullmatch(WINDOW)])
+
+
+def _unsized(rows: pd.DataFrame) -> pd.DataFrame:
+    return rows[~rows["method"].str.fullmatch(SIZED) & ~rows["method"].str.startswith("weight mask")]
+
+
+def _ordered(rows: pd.DataFrame, column: str, order: Sequence[str]) -> pd.DataFrame:
+    return rows.sort_values(column, key=lambda values: values.map(list(order).index), kind="stable")

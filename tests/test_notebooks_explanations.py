@@ -1,0 +1,120 @@
+"""Notebook 09, executed in the quick profile: its own windows, stored rows of a world with a known answer, and a model whose recipe
+says that its first block holds no facts (a copy of the bundled one, so that nothing is trained here)."""
+
+import json
+import shutil
+
+import numpy as np
+import pandas as pd
+import pytest
+
+from helpers import notebooks, parameters, runs, store
+from helpers.explanations import MEASURES
+from helpers.facts import DATA
+from helpers.provenance import project_root
+
+NOTEBOOK = project_root() / "notebooks" / "09_mechanism_or_depth.ipynb"
+MODEL, SEED, N_FACTS = "tiny-llama3", 1, 16
+
+
+def by_depth(n_layers: int) -> pd.DataFrame:
+    """Stored rows of windows of two MLPs in which only the first layer matters, and of the unedited model."""
+    rng, tables = np.random.default_rng(0), []
+    where = {"run": "a" * 12, "model": MODEL, "facts": "athletes first-64", "n": 64, "setting": "", "attack": "none",
+             "notebook": "06_attacks", "commit": "", "code": "", "started": "", "machine": "", "uses": "{}"}
+    for seed in range(3):
+        kept = {"retain top1": 0.9, "mcq_retain top1": 0.9, "text_loss": 2.0}
+        for start in range(n_layers - 1):
+            for name, value in {"mcq_edit top1": 0.9 - 0.8 * start / (n_layers - 2), **kept}.items():
+                values = value + (rng.normal(0, 0.02, 12) if name == "mcq_edit top1" else np.zeros(12))
+                own = {"localization": f"MLP {start}-{start + 1}", "layers": f"{start} {start + 1}", "method": "finetune", "seed": seed}
+                tables.append(pd.DataFrame({**where, **own, "measure": name, "fact": [f"fact {i}" for i in range(12)], "value": values}))
+        tables += [pd.DataFrame({**where, "localization": "none", "layers": "", "method": "base", "seed": seed, "measure": name,
+                                 "fact": ["fact 0"], "value": value}) for name, value in kept.items()]
+    return pd.concat(tables)[store.PACKED]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    out = tmp_path_factory.mktemp("explanations")
+    late = out / "late"
+    shutil.copytree(DATA / "models" / MODEL, late)
+    recipe = json.loads((late / "recipe.json").read_text())
+    (late / "recipe.json").write_text(json.dumps(recipe | {"frozen_blocks": 1}))
+    by_depth(recipe["n_layers"]).to_parquet(out / "stored.parquet", index=False)
+    given = {"profile": "quick", "seed": SEED, "out": str(out), "rows": str(out / "stored.parquet"), "dissociating": str(late)}
+    outcome = notebooks.run([NOTEBOOK], given, out)[0]
+    assert not outcome.error, outcome.error
+    return runs.folder(NOTEBOOK.stem, parameters.from_notebook(NOTEBOOK, given))
+
+
+@pytest.fixture(scope="module")
+def rows(folder):
+    return pd.read_parquet(folder / "rows.parquet")
+
+
+@pytest.fixture(scope="module")
+def made(folder):
+    return pd.read_parquet(folder / "results.parquet")
+
+
+@pytest.fixture(scope="module")
+def checks(folder):
+    return {check["claim"]: check for check in json.loads((folder / "checks.json").read_text())}
+
+
+def test_windows_and_parts_are_edited_measured_and_relearned(made):
+    own = made[made["model"] == MODEL]
+    windows = own.loc[own["localization"].str.startswith("MLP "), "localization"].unique()
+    assert len(windows) >= 5
+    assert {"none", "gate", "up", "down", "gate + up + down"} <= set(own["localization"])
+    assert set(own["facts"]) == {"athletes first-16"} and set(own["seed"]) == {SEED}
+    assert not made.duplicated(["model", "localization", "seed", "attack", "fact", "measure"]).any()
+    for name in set(own["localization"]) - {"none"}:
+        part = own[own["localization"] == name]
+        assert (part["measure"][part["attack"] == "none"] == MEASURES[0].measure).sum() == N_FACTS
+        relearned = part[part["attack"].str.startswith("relearn lora") & (part["measure"] == "forget top1")]
+        assert len(relearned) == N_FACTS / 2
+
+
+def test_the_whole_mlp_is_the_window_of_the_lookup_mlps(made, checks):
+    """Two names for the same weights: the same edit, and so the same rows."""
+    layers = checks["fact lookup makes a choice"]["observed"].split(", ")
+    own = made[(made["model"] == MODEL) & (made["measure"] == "edit probability")].set_index(["localization", "fact"])["value"]
+    window = f"MLP {layers[0]}-{layers[-1]}"
+    if window in own.index:  # a choice with gaps is no window
+        pd.testing.assert_series_equal(own[window], own["gate + up + down"])
+
+
+def test_localizers_are_scored_against_the_recipe(rows):
+    scored = rows[rows["measure"] == "localizer"].set_index("choice")
+    assert {"causal tracing", "causal tracing MLPs", "attribution", "attribution MLPs", "by chance"} <= set(scored.index)
+    assert scored[["frozen", "middle", "late"]].sum(axis=1).tolist() == pytest.approx([1.0] * len(scored))
+    assert scored.loc["by chance", "frozen"] == pytest.approx(1 / 12)  # one block of the copied model
+    in_the_first = scored["units"].str.contains(r"(?:mlp|attn) 0\b")
+    assert ((scored["frozen"] > 0) == in_the_first)[scored.index != "by chance"].all()
+
+
+def test_the_copied_model_is_edited_early_and_late(made):
+    moved = made[made["model"] != MODEL]
+    assert moved["model"].str.endswith("late").all()
+    starts = {int(layers.split()[0]) for layers in moved["layers"].unique() if layers}
+    assert {0, 1} <= starts and max(starts) >= 10
+
+
+def test_stored_rows_decide_and_lookup_does_not_borrow_what_depth_did(rows, checks):
+    slopes = rows[(rows["measure"] == "slope") & (rows["regressed"] == MEASURES[0].label)].set_index(["explanation", "rival"])
+    assert set(slopes["n_seeds"]) == {3} and set(slopes["n_facts"]) == {12} and set(slopes["n_windows"]) == {11}
+    assert slopes.loc[("depth", "ignored"), "low"] > 0
+    assert not checks["how much lookup a window does explains what its edit achieves"]["holds"]
+    assert checks["how early a window begins explains what its edit achieves"]["observed"].split(":")[0] in ("depth", "open")
+
+
+def test_declared_claims_are_judged_by_stored_rows(rows):
+    judged = rows[rows["measure"] == "verdict"].set_index("claim")
+    assert "window-anywhere" in judged.index and set(judged["verdict"]) == {"undecided"}  # the stored rows hold no lookup edit
+
+
+def test_figures(folder):
+    expected = {"properties", "windows", "models", "late_probes", "late_chosen", "late_edits", "parts", "slopes"}
+    assert expected <= {path.stem for path in (folder / "figures").glob("*.png")}
