@@ -7,7 +7,7 @@
 A preset is `""` (the defaults), `"paper"` (published; `data/presets.yaml`) or `"tuned"` (found here on practice facts;
 `data/tuned.yaml`, model -> task -> mask -> fields of `Settings`, where it has them). Published settings are never stretched: what the
 paper did not train raises `PresetError` with a list of what it did. One exception is stated by `source`: a window of MLPs, the control
-for depth that the paper lacks, gets the rate of the lookup MLPs, as the paper gave it to every choice of MLPs.
+for depth that the paper lacks, gets the settings of the lookup MLPs, as the paper gave their rate to every choice of MLPs.
 """
 
 from __future__ import annotations
@@ -179,7 +179,8 @@ def _tuned(name: str, task: str, mask_name: str) -> tuple[dict, str]:
     if not TUNED.is_file():
         return {}, f"defaults: there is no {TUNED.name}"
     found = yaml.safe_load(TUNED.read_text(encoding="utf-8")) or {}
-    for key in (name, task, mask_name):
+    borrowed = re.fullmatch(WINDOW, mask_name) and mask_name not in ((found.get(name) or {}).get(task) or {})
+    for key in (name, task, "lookup" if borrowed else mask_name):
         found = found.get(key)
         if not found:
             return {}, f"defaults: {TUNED.name} has nothing for {name}, {task}, {mask_name}"
@@ -191,7 +192,8 @@ def _tuned(name: str, task: str, mask_name: str) -> tuple[dict, str]:
     if unknown:
         raise PresetError(f"{TUNED.name}: {name}, {task}, {mask_name} has {', '.join(sorted(unknown))}; fields are "
                           f"{', '.join(asdict(Settings()))}")
-    return found, f"tuned here ({TUNED.name})" + (f": best of {how['trials']} trials" if "trials" in how else "")
+    said = f"tuned here ({TUNED.name})" + (f": best of {how['trials']} trials" if "trials" in how else "")
+    return found, said + (", those of lookup" if borrowed else "")
 
 
 def _read() -> dict:

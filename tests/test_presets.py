@@ -90,6 +90,8 @@ def test_tuned_settings(tmp_path, monkeypatch):
     file.write_text(yaml.safe_dump({"gemma-2-2b": {"athletes": {"lookup": {"learning_rate": 2e-4, "provenance": {"trials": 12}}}}}))
     assert settings(*of, "lookup", DEFAULTS) == replace(DEFAULTS, learning_rate=2e-4)
     assert source(*of, "lookup") == "tuned here (tuned.yaml): best of 12 trials"
+    assert settings(*of, "MLP 2-4", DEFAULTS) == replace(DEFAULTS, learning_rate=2e-4)  # a control is trained like what it controls
+    assert source(*of, "MLP 2-4") == "tuned here (tuned.yaml): best of 12 trials, those of lookup"
     assert settings(*of, "everything", DEFAULTS) == DEFAULTS
     assert source(*of, "everything") == "defaults: tuned.yaml has nothing for gemma-2-2b, athletes, everything"
     for broken, message in (({"lookup": {"rate": 1}}, "has rate; fields are learning_rate"), ({"lookup": 3}, "'lookup' holds 3")):

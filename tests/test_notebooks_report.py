@@ -1,0 +1,62 @@
+"""Notebook 12, executed in the quick profile: on stored rows, and where there are none."""
+
+import json
+
+import pandas as pd
+import pytest
+import report_cases as cases
+
+from helpers import claims, notebooks, parameters, runs
+from helpers.provenance import project_root
+from helpers.report import rows as material
+from helpers.report import tables
+
+NOTEBOOK = project_root() / "notebooks" / "12_report.ipynb"
+
+
+def execute(out, rows):
+    given = {"profile": "quick", "rows": str(rows), "out": str(out)}
+    outcome = notebooks.run([NOTEBOOK], given, out)[0]
+    assert not outcome.error, outcome.error
+    return runs.folder(NOTEBOOK.stem, parameters.from_notebook(NOTEBOOK, given))
+
+
+@pytest.fixture(scope="module")
+def store(tmp_path_factory):
+    made = [cases.edit(mask, shift=shift) for mask, shift in {"none": 0.0, "lookup": 0.3, "everything": -0.1}.items()]
+    return cases.pack(pd.concat(made, ignore_index=True), tmp_path_factory.mktemp("store") / "reference.parquet")
+
+
+@pytest.fixture(scope="module")
+def folder(store, tmp_path_factory):
+    return execute(tmp_path_factory.mktemp("report"), store.parent)
+
+
+def test_verdicts_and_leaderboard_are_those_of_the_stored_rows(folder, store):
+    stored = material.collect([store]).rows
+    rows = pd.read_parquet(folder / "rows.parquet")
+    verdicts = rows[rows["measure"] == "verdict"].set_index("claim")["verdict"]
+    assert verdicts.to_dict() == claims.verdict(claims.load(), stored).set_index("claim")["verdict"].to_dict()
+    board = rows[rows["measure"] == "leaderboard"].set_index("localization")["worst"]
+    pd.testing.assert_series_equal(board, tables.leaderboard(stored).set_index("localization")["worst"], check_names=False)
+
+
+def test_the_live_edit_is_a_run_of_its_own(folder):
+    live = pd.read_parquet(folder / "results.parquet")
+    assert set(live["localization"]) == {"none", "all MLPs"} and set(live["n"]) == {16}
+    share = live.groupby(["localization", "measure"])["value"].mean()
+    assert share["none", "forget top1"] >= 0.9 and share["all MLPs", "edit top1"] > share["none", "edit top1"]
+
+
+def test_figures_are_drawn_from_what_there_is(folder):
+    figures = {path.stem for path in (folder / "figures").glob("*.png")}
+    assert {"spider-0", "relearning-0", "worst-0"} <= figures and not {name for name in figures if name.startswith("scaling")}
+
+
+def test_without_stored_rows_it_says_what_to_run_and_goes_on(tmp_path):
+    folder = execute(tmp_path, tmp_path / "nothing")
+    said = "".join("".join(output.get("text", "")) for cell in json.loads((tmp_path / NOTEBOOK.name).read_text())["cells"]
+                   for output in cell.get("outputs", []))
+    assert "nothing" in said and "Below: only the" in said
+    checks = {check["claim"]: check["holds"] for check in json.loads((folder / "checks.json").read_text())}
+    assert not checks["the stored rows decide at least one claim"]
