@@ -2,7 +2,7 @@
 PYTHON   ?= python3
 PROFILE  ?= quick
 OUT      ?= runs
-MODELS   ?= tiny-llama3 tiny-gemma2 tiny-gemma
+MODELS   ?= tiny-llama3 tiny-gemma2-open tiny-gemma2 tiny-gemma
 PIP_ARGS ?=
 
 VENV := .venv

@@ -8,6 +8,11 @@ seed and the batch number, so a killed run resumes from its checkpoint with the 
 names the subjects and states nothing about them; then embeddings and the first blocks stay as they are while the facts are
 learned, so that these blocks cannot hold them. The unembedding, tied to the embeddings, stays too: the blocks above must
 write an answer in the direction that its word already has.
+
+`tiny-gemma2` puts names together slowly, as large models do. Gemma2 has blocks whose attention is a sliding window; here the first
+six of them reach back one token only, so that a name of n tokens is whole after n − 1 blocks, and its fact cannot leave it before the
+others. Trained like that from the start, multiple choice might not be learned; so training goes on from `tiny-gemma2-open`, which
+has learned it without such a limit.
 """
 
 from __future__ import annotations
@@ -29,7 +34,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch.nn import functional as F
 from tqdm import tqdm
-from transformers import Gemma2Config, Gemma2ForCausalLM, GemmaConfig, GemmaForCausalLM, LlamaConfig, LlamaForCausalLM
+from transformers import AutoModelForCausalLM, Gemma2Config, Gemma2ForCausalLM, GemmaConfig, GemmaForCausalLM, LlamaConfig, LlamaForCausalLM
 
 from helpers import facts, splits
 from helpers.documents import Corpus
@@ -63,20 +68,25 @@ class Recipe:
     named_steps: int = 0  # before `steps`: on text that names the subjects but states no facts
     frozen_blocks: int = 0  # with the embeddings, fixed after `named_steps`
     without: str = ""  # a split such as first-64: athletes whom no training text mentions
+    local_blocks: int = 0  # of Gemma2: the first blocks, whose attention reaches back one token
+    start: str = ""  # another tiny model of these sizes and vocabulary, trained before: whose weights to begin with
 
     def __post_init__(self) -> None:
         if not 0 <= self.frozen_blocks < self.n_layers:
             raise ValueError(f"frozen_blocks={self.frozen_blocks}: of {self.n_layers} blocks at most {self.n_layers - 1} can be frozen")
         if self.frozen_blocks and not self.named_steps:
             raise ValueError(f"frozen_blocks={self.frozen_blocks} without named_steps would freeze random weights")
+        if not 0 <= self.local_blocks <= self.n_layers or (self.local_blocks and self.family != "gemma2"):
+            raise ValueError(f"local_blocks={self.local_blocks}: only gemma2 has them, and these have {self.n_layers} blocks")
 
 
-LLAMA3 = Recipe("llama3", n_kv_heads=2)
+LLAMA3, GEMMA2 = Recipe("llama3", n_kv_heads=2), Recipe("gemma2", n_kv_heads=3)
 RECIPES = {
     "tiny-llama3": LLAMA3,
     "tiny-llama3-late": replace(LLAMA3, named_steps=1000, frozen_blocks=4, steps=7000),
     "tiny-llama3-without": replace(LLAMA3, without="first-64"),
-    "tiny-gemma2": Recipe("gemma2", n_kv_heads=3),
+    "tiny-gemma2-open": GEMMA2,
+    "tiny-gemma2": replace(GEMMA2, local_blocks=6, steps=2400, start="tiny-gemma2-open"),
     "tiny-gemma": Recipe("gemma", n_kv_heads=6, d_mlp=384),
 }
 
@@ -104,6 +114,9 @@ def new_model(recipe: Recipe, tokenizer):
     """A freshly initialised model. Ties embeddings as Gemma does; sizes follow from the recipe, not from class defaults."""
     config_class, model_class = FAMILIES[recipe.family]
     special = {"query_pre_attn_scalar": recipe.d_model // recipe.n_heads, "sliding_window": 128} if recipe.family == "gemma2" else {}
+    if recipe.local_blocks:
+        kinds = ["sliding_attention"] * recipe.local_blocks + ["full_attention"] * (recipe.n_layers - recipe.local_blocks)
+        special |= {"sliding_window": 2, "layer_types": kinds}  # the window holds the token itself and the one before
     config = config_class(
         vocab_size=len(tokenizer), hidden_size=recipe.d_model, intermediate_size=recipe.d_mlp, num_hidden_layers=recipe.n_layers,
         num_attention_heads=recipe.n_heads, num_key_value_heads=recipe.n_kv_heads, head_dim=recipe.d_model // recipe.n_heads,
@@ -186,7 +199,10 @@ def train(recipe: Recipe, folder: Path, device: str = "cpu", compiled: bool = Tr
     source = corpus(recipe.without)
     folder.mkdir(parents=True, exist_ok=True)
     tokenizer = tokenizer_for(recipe, corpus())  # that of all subjects, so that activations can be compared between models
-    model = new_model(recipe, tokenizer).to(device).train()
+    model = new_model(recipe, tokenizer)
+    if recipe.start:
+        model.load_state_dict(_weights_of(recipe.start, folder.parent))
+    model.to(device).train()
     matrices = [p for p in model.parameters() if p.dim() > 1]
     others = [p for p in model.parameters() if p.dim() <= 1]
     optimizer = torch.optim.AdamW([{"params": matrices, "weight_decay": recipe.weight_decay}, {"params": others, "weight_decay": 0.0}],
@@ -222,6 +238,14 @@ def train(recipe: Recipe, folder: Path, device: str = "cpu", compiled: bool = Tr
             _checkpoint(folder, recipe, model, optimizer, step, tokens, log)
     bar.close()
     export(model, tokenizer, folder, recipe, log)
+
+
+def _weights_of(name: str, folder: Path) -> dict[str, torch.Tensor]:
+    """The weights of a trained tiny model, in fp32, from a folder or among the bundled ones."""
+    found = next((place / name for place in (folder, MODELS) if (place / name / "model.safetensors").is_file()), None)
+    if found is None:
+        raise ValueError(f"training begins with {name}, which is not there: train it first (python -m helpers.pretrain {name})")
+    return AutoModelForCausalLM.from_pretrained(found, dtype=torch.float32).state_dict()
 
 
 def export(model, tokenizer, folder: Path, recipe: Recipe, log: list[dict]) -> None:
@@ -276,7 +300,10 @@ def main() -> None:
     for name in args.models:
         # Compiling the loss takes a minute and saves a third of the time; it needs a C++ compiler.
         compiled = args.device != "cpu" or shutil.which("g++") is not None or shutil.which("clang++") is not None
-        train(RECIPES[name], args.out / name, args.device, compiled)
+        try:
+            train(RECIPES[name], args.out / name, args.device, compiled)
+        except ValueError as error:
+            raise SystemExit(f"{name}: {error}") from None
 
 
 if __name__ == "__main__":
