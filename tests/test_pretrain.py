@@ -388,10 +388,11 @@ def test_model_card(trained, monkeypatch):
 
 
 def test_the_card_tells_of_both_phases_and_of_who_was_left_out():
-    late, without = (" ".join(model_card._origin(name, asdict(RECIPES[name]))) for name in ("tiny-llama3-late", "tiny-llama3-without"))
+    late, without, local = (" ".join(model_card._origin(name, asdict(RECIPES[name]))) for name in ("tiny-llama3-late", "tiny-llama3-without", "tiny-gemma2"))
     recipe = RECIPES["tiny-llama3-late"]
     assert f"first {recipe.named_steps} steps" in late and f"first {recipe.frozen_blocks} blocks" in late
     assert "never met the athletes of `first-64`" in without and "were frozen" not in without
+    assert "first 6 blocks a token attends" in local and "weights of `tiny-gemma2-open`" in local and "frozen beforehand" not in local
 
 
 def test_missed_bars():
