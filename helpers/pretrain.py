@@ -10,9 +10,9 @@ learned, so that these blocks cannot hold them. The unembedding, tied to the emb
 write an answer in the direction that its word already has.
 
 `tiny-gemma2` puts names together slowly, as large models do. Gemma2 has blocks whose attention is a sliding window; here the first
-six of them reach back one token only, so that a name of n tokens is whole after n − 1 blocks, and its fact cannot leave it before the
-others. Trained like that from the start, multiple choice might not be learned; so training goes on from `tiny-gemma2-open`, which
-has learned it without such a limit.
+six of them reach back one token only, so that a name of n tokens is whole after n − 1 blocks, and the end of the prompt learns of it
+late. Whether multiple choice is learned under such a limit from the start was not tried: training goes on from `tiny-gemma2-open`,
+which has learned it without one.
 """
 
 from __future__ import annotations
@@ -196,12 +196,13 @@ def train(recipe: Recipe, folder: Path, device: str = "cpu", compiled: bool = Tr
     Writes ``curve.csv`` (step, tokens, loss, seconds) and, at the end, the model and tokenizer in
     transformers' format with bf16 weights. bf16 autocast over fp32 weights.
     """
+    begin = _weights_of(recipe.start, folder.parent) if recipe.start else {}
     source = corpus(recipe.without)
     folder.mkdir(parents=True, exist_ok=True)
     tokenizer = tokenizer_for(recipe, corpus())  # that of all subjects, so that activations can be compared between models
     model = new_model(recipe, tokenizer)
-    if recipe.start:
-        model.load_state_dict(_weights_of(recipe.start, folder.parent))
+    if begin:
+        model.load_state_dict(begin)
     model.to(device).train()
     matrices = [p for p in model.parameters() if p.dim() > 1]
     others = [p for p in model.parameters() if p.dim() <= 1]

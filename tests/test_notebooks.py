@@ -10,14 +10,14 @@ import shutil
 import subprocess
 import sys
 
+import notebook_cases as cases
 import pandas as pd
 import papermill
 import pytest
 
-from helpers import conventions, facts, notebooks, parameters, runs
-from helpers.provenance import project_root
+from helpers import conventions, facts, notebooks, parameters
 
-FOLDER = project_root() / "notebooks"
+FOLDER = cases.FOLDER
 ALL = [path.stem for path in notebooks.select([], FOLDER)]
 # they run, but their committed form has no outputs yet: the standard run waits for hyper-parameters tuned with equal effort
 DRAFTS = [name for name in ALL if name[:2] in ("05", "08", "09", "11", "12")]
@@ -31,21 +31,15 @@ def quick(tmp_path_factory):
 
     def execute(name: str) -> tuple[pd.DataFrame, dict]:
         if name not in done:
-            done[name] = results(name, {"profile": "quick", "out": str(out)}, out)
+            done[name] = results(name, out)
         return done[name]
 
     return execute
 
 
-def results(name: str, given: dict, out) -> tuple[pd.DataFrame, dict]:
-    path = FOLDER / f"{name}.ipynb"
-    outcome = notebooks.run([path], given, out)[0]
-    assert not outcome.error, outcome.error
-    folder = runs.folder(name, parameters.from_notebook(path, given))
-    assert (folder / "done.json").is_file()
-    assert any((folder / "figures").glob("*.png"))
-    checks = {check["claim"]: check for check in json.loads((folder / "checks.json").read_text())}
-    return pd.read_parquet(folder / "rows.parquet"), checks
+def results(name: str, out, **given) -> tuple[pd.DataFrame, dict]:
+    folder = cases.executed(name, out, **given)
+    return pd.read_parquet(folder / "rows.parquet"), cases.checks(folder)
 
 
 def holds(checks: dict, start: str) -> bool:
@@ -62,7 +56,7 @@ def draft(name):
     return pytest.param(name, marks=pytest.mark.xfail(strict=True, reason="not executed in the standard profile yet")) if name in DRAFTS else name
 
 
-@pytest.mark.parametrize("name", map(draft, ALL))
+@pytest.mark.parametrize("name", [draft(name) for name in ALL])
 def test_committed_with_outputs(name):
     cells = json.loads((FOLDER / f"{name}.ipynb").read_text())["cells"]
     assert any(cell.get("outputs") for cell in cells)
@@ -118,11 +112,7 @@ def test_localization(quick):
 
 
 def test_quick_rows_are_the_same_twice(tmp_path):
-    given = {"profile": "quick"}
-    tables = []
-    for number in range(2):
-        out = tmp_path / str(number)
-        tables.append(results("00_quickstart", given | {"out": str(out)}, out)[0])
+    tables = [results("00_quickstart", tmp_path / str(number))[0] for number in range(2)]
     pd.testing.assert_frame_equal(*tables)
 
 
@@ -142,8 +132,7 @@ def new_user(tmp_path_factory):
 
 @pytest.mark.parametrize("name", ["00_quickstart", "01_facts_and_models", "02_fact_lookup_circuit"])
 def test_own_model_and_facts(name, new_user):
-    given = {"profile": "quick", "model": str(new_user / "my-model"), "facts": str(new_user / "continents.csv"), "out": str(new_user / "runs")}
-    rows, _ = results(name, given, new_user / "runs")
+    rows, _ = results(name, new_user / "runs", model=str(new_user / "my-model"), facts=str(new_user / "continents.csv"))
     assert set(rows["facts"]) == {str(new_user / "continents.csv")}
     if name.startswith("01"):
         asked = rows.dropna(subset=["question"])

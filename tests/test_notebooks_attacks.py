@@ -1,25 +1,18 @@
 """Notebook 06, executed in the quick profile: what its rows must be whatever the model, and what claims find in them."""
 
-import json
-
+import notebook_cases as cases
 import pandas as pd
 import pytest
 
-from helpers import claims, notebooks, parameters, runs
+from helpers import claims
 from helpers.attacks.headline import SPOKEN
-from helpers.provenance import project_root
 
-NOTEBOOK = project_root() / "notebooks" / "06_attacks.ipynb"
 MASKS = ["lookup", "random MLPs"]
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    out = tmp_path_factory.mktemp("attacks")
-    given = {"profile": "quick", "masks": ",".join(MASKS), "seed": 1, "out": str(out)}
-    outcome = notebooks.run([NOTEBOOK], given, out)[0]
-    assert not outcome.error, outcome.error
-    return runs.folder(NOTEBOOK.stem, parameters.from_notebook(NOTEBOOK, given))
+    return cases.executed("06_attacks", tmp_path_factory.mktemp("attacks"), masks=",".join(MASKS), seed=1)
 
 
 @pytest.fixture(scope="module")
@@ -63,9 +56,9 @@ def test_the_worst_case_lies_between_no_attack_and_the_ceiling(rows):
 
 
 def test_checks_that_hold_for_every_model(folder):
-    checks = {check["claim"]: check["holds"] for check in json.loads((folder / "checks.json").read_text())}
+    checks = cases.holds(folder)
     assert checks["after all edits and attacks the model answers as before, to the last bit"]
-    assert checks["the masks hold different weights, so that comparing them means something"] in (True, False)
+    assert "the masks hold different weights, so that comparing them means something" in checks
     assert any(claim.startswith("no edit collapses") for claim in checks)
 
 
@@ -82,5 +75,4 @@ def test_figures(folder):
 
 @pytest.mark.parametrize("given, said", [({"method": "prune"}, "there are finetune, unlearn, sequential"), ({"masks": "luckup"}, "there are lookup")])
 def test_wrong_names_stop_with_those_there_are(given, said, tmp_path):
-    outcome = notebooks.run([NOTEBOOK], {"profile": "quick", "out": str(tmp_path)} | given, tmp_path)[0]
-    assert said in outcome.error
+    assert said in cases.refused("06_attacks", tmp_path, **given)

@@ -1,25 +1,16 @@
 """The notebooks on editing and unlearning, executed through papermill in the quick profile; their result rows are asserted."""
 
-import json
-
+import notebook_cases as cases
 import pandas as pd
 import pytest
 
-from helpers import claims, notebooks, parameters, runs
-from helpers.provenance import project_root
-
-FOLDER = project_root() / "notebooks"
+from helpers import claims
 
 
 def execute(name: str, out, **given) -> tuple[pd.DataFrame, pd.DataFrame, dict]:
     """Rows, results and checks by claim."""
-    path, given = FOLDER / f"{name}.ipynb", {"profile": "quick", "out": str(out), **given}
-    outcome = notebooks.run([path], given, out)[0]
-    assert not outcome.error, outcome.error
-    folder = runs.folder(name, parameters.from_notebook(path, given))
-    assert (folder / "done.json").is_file() and any((folder / "figures").glob("*.png"))
-    checks = {check["claim"]: check["holds"] for check in json.loads((folder / "checks.json").read_text())}
-    return pd.read_parquet(folder / "rows.parquet"), pd.read_parquet(folder / "results.parquet"), checks
+    folder = cases.executed(name, out, **given)
+    return pd.read_parquet(folder / "rows.parquet"), pd.read_parquet(folder / "results.parquet"), cases.holds(folder)
 
 
 def means(rows: pd.DataFrame) -> pd.Series:
@@ -72,6 +63,4 @@ def test_unlearning(tmp_path):
 
 @pytest.mark.parametrize("given, said", [({"answer": "chess"}, "answers are"), ({"to": "basketball"}, "is the true answer"), ({"masks": "luckup"}, "there are lookup")])
 def test_what_is_not_there_is_named(given, said, tmp_path):
-    path = FOLDER / "05_localized_unlearning.ipynb"
-    outcome = notebooks.run([path], {"profile": "quick", "out": str(tmp_path), **given}, tmp_path)[0]
-    assert said in outcome.error
+    assert said in cases.refused("05_localized_unlearning", tmp_path, **given)

@@ -4,16 +4,15 @@ says that its first block holds no facts (a copy of the bundled one, so that not
 import json
 import shutil
 
+import notebook_cases as cases
 import numpy as np
 import pandas as pd
 import pytest
 
-from helpers import notebooks, parameters, runs, store
+from helpers import store
 from helpers.explanations import MEASURES
 from helpers.facts import DATA
-from helpers.provenance import project_root
 
-NOTEBOOK = project_root() / "notebooks" / "09_mechanism_or_depth.ipynb"
 MODEL, SEED, N_FACTS = "tiny-llama3", 1, 16
 
 
@@ -42,10 +41,7 @@ def folder(tmp_path_factory):
     recipe = json.loads((late / "recipe.json").read_text())
     (late / "recipe.json").write_text(json.dumps(recipe | {"frozen_blocks": 1}))
     by_depth(recipe["n_layers"]).to_parquet(out / "stored.parquet", index=False)
-    given = {"profile": "quick", "seed": SEED, "out": str(out), "rows": str(out / "stored.parquet"), "dissociating": str(late)}
-    outcome = notebooks.run([NOTEBOOK], given, out)[0]
-    assert not outcome.error, outcome.error
-    return runs.folder(NOTEBOOK.stem, parameters.from_notebook(NOTEBOOK, given))
+    return cases.executed("09_mechanism_or_depth", out, seed=SEED, rows=str(out / "stored.parquet"), dissociating=str(late))
 
 
 @pytest.fixture(scope="module")
@@ -60,7 +56,7 @@ def made(folder):
 
 @pytest.fixture(scope="module")
 def checks(folder):
-    return {check["claim"]: check for check in json.loads((folder / "checks.json").read_text())}
+    return cases.checks(folder)
 
 
 def test_windows_and_parts_are_edited_measured_and_relearned(made):

@@ -2,23 +2,16 @@
 
 import json
 
+import notebook_cases
 import pandas as pd
 import pytest
 import report_cases as cases
 
-from helpers import claims, notebooks, parameters, runs
-from helpers.provenance import project_root
+from helpers import claims
 from helpers.report import rows as material
 from helpers.report import tables
 
-NOTEBOOK = project_root() / "notebooks" / "12_report.ipynb"
-
-
-def execute(out, rows):
-    given = {"profile": "quick", "rows": str(rows), "out": str(out)}
-    outcome = notebooks.run([NOTEBOOK], given, out)[0]
-    assert not outcome.error, outcome.error
-    return runs.folder(NOTEBOOK.stem, parameters.from_notebook(NOTEBOOK, given))
+NOTEBOOK = "12_report"
 
 
 @pytest.fixture(scope="module")
@@ -29,7 +22,7 @@ def store(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def folder(store, tmp_path_factory):
-    return execute(tmp_path_factory.mktemp("report"), store.parent)
+    return notebook_cases.executed(NOTEBOOK, tmp_path_factory.mktemp("report"), rows=str(store.parent))
 
 
 def test_verdicts_and_leaderboard_are_those_of_the_stored_rows(folder, store):
@@ -54,9 +47,8 @@ def test_figures_are_drawn_from_what_there_is(folder):
 
 
 def test_without_stored_rows_it_says_what_to_run_and_goes_on(tmp_path):
-    folder = execute(tmp_path, tmp_path / "nothing")
-    said = "".join("".join(output.get("text", "")) for cell in json.loads((tmp_path / NOTEBOOK.name).read_text())["cells"]
+    folder = notebook_cases.executed(NOTEBOOK, tmp_path, rows=str(tmp_path / "nothing"))
+    said = "".join("".join(output.get("text", "")) for cell in json.loads((tmp_path / f"{NOTEBOOK}.ipynb").read_text())["cells"]
                    for output in cell.get("outputs", []))
     assert "nothing" in said and "Below: only the" in said
-    checks = {check["claim"]: check["holds"] for check in json.loads((folder / "checks.json").read_text())}
-    assert not checks["the stored rows decide at least one claim"]
+    assert not notebook_cases.holds(folder)["the stored rows decide at least one claim"]

@@ -1,23 +1,18 @@
 """Notebook 11, executed in the quick profile, and once more on the rows that it left."""
 
-import json
-
+import notebook_cases as cases
 import pandas as pd
 import pytest
 
-from helpers import notebooks, parameters, runs, sizes, store
-from helpers.provenance import project_root
+from helpers import sizes, store
 
-NOTEBOOK = project_root() / "notebooks" / "11_scaling.ipynb"
+NOTEBOOK = "11_scaling"
 SIZES, MASKS = [8, 24], ["MLP 0-1", "everything"]
 ALL, FEW = "relearn lora", "relearn lora: 4 facts, lr 0.002, step 20 of 20"
 
 
 def execute(out, **given):
-    given = {"profile": "quick", "lookup": "0", "shown": 4, "out": str(out), **given}
-    outcome = notebooks.run([NOTEBOOK], given, out)[0]
-    assert not outcome.error, outcome.error
-    return runs.folder(NOTEBOOK.stem, parameters.from_notebook(NOTEBOOK, given))
+    return cases.executed(NOTEBOOK, out, lookup="0", shown=4, **given)
 
 
 @pytest.fixture(scope="module")
@@ -54,7 +49,7 @@ def test_sets_are_nested_and_half_of_the_smallest_is_the_small_attack(found):
 
 
 def test_checks_and_figures(folder):
-    checks = {check["claim"]: check["holds"] for check in json.loads((folder / "checks.json").read_text())}
+    checks = cases.holds(folder)
     assert checks["after all edits and attacks the model answers as before, to the last bit"]
     assert any(claim.startswith("no edit collapses") for claim in checks) and any("square root of n" in claim for claim in checks)
     figures = {path.stem for path in (folder / "figures").glob("*.png")}
@@ -76,5 +71,4 @@ def test_curves_are_drawn_from_packed_rows_when_there_are_some(folder, found, tm
 
 
 def test_an_effort_that_is_not_there_is_named_before_anything_is_loaded(tmp_path):
-    outcome = notebooks.run([NOTEBOOK], {"profile": "quick", "effort": "epochs", "out": str(tmp_path)}, tmp_path)[0]
-    assert "there are steps, passes" in outcome.error
+    assert "there are steps, passes" in cases.refused(NOTEBOOK, tmp_path, effort="epochs")

@@ -40,7 +40,7 @@ def test_training_begins_with_the_weights_of_another(tmp_path):
 def test_what_cannot_be_trained_is_said_before_it_begins(tmp_path):
     with pytest.raises(ValueError, match="begins with nobody, which is not there"):
         train(replace(TINY, start="nobody"), tmp_path / "model")
-    assert not list(tmp_path.glob("model/*.safetensors"))
+    assert not (tmp_path / "model").exists()
     with pytest.raises(ValueError, match="local_blocks=2: only gemma2 has them"):
         replace(TINY, family="llama3", local_blocks=2)
     with pytest.raises(ValueError, match="local_blocks=9"):

@@ -7,7 +7,7 @@ import subprocess
 import sys
 
 import pytest
-from sweep_cases import PARAMETERS, FINISH, notebook
+from sweep_cases import FINISH, PARAMETERS, notebook
 
 from helpers import inputs, parameters, provenance, runs
 
