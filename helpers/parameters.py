@@ -3,7 +3,7 @@
 The key detail: papermill does not stop at a misspelt name. `-p modle x` logs a warning, assigns an
 unused variable and runs on with the default. So every notebook declares its parameters in one cell,
 
-    model: str = "tiny-llama3"  # tiny-*, a local path or a hub id
+    model: str = "tiny-gemma2"  # tiny-*, a local path or a hub id
     profile: str = "standard"  # quick, standard or full
 
 and the text of that cell is turned into a pydantic model. The values come from text as well: this

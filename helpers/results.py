@@ -15,6 +15,7 @@ from collections.abc import Mapping
 import pandas as pd
 
 from helpers import stats
+from helpers.attacks.depth import depth_score
 from helpers.attacks.headline import LEVELS, worst_case
 from helpers.attacks.rows import AttackError
 from helpers.splits import Split
@@ -25,6 +26,7 @@ COLUMNS = ["facts", "n", "seed", "localization", "layers", "method", "attack", "
 ATTACKS = {"relearn lora": "all facts, lr 0.002, step 20 of 20", "relearn full": "all facts, lr 0.001, step 20 of 20",
            "soft prompt": "10 vectors, restart 0, step 60 of 60"}
 PROBED = ("probe", "last")  # attack and position of probe_true
+BRIEF = ("quantise", "prune", "noise", "undo", "interpolate")  # of many settings each: only top-1, so that hundreds of runs stay small
 
 
 def of_evaluation(rows: pd.DataFrame, **where) -> pd.DataFrame:
@@ -60,15 +62,17 @@ def by_format(estimated: pd.DataFrame, answer: str = "edit", reading: str = "top
 
 
 def of_attacks(rows: pd.DataFrame, split: Split, **where) -> pd.DataFrame:
-    """Long results from rows of `attacks.run` on one edit: each attack as made, the probes' share of layers and each layer, the worst case.
+    """Long results from rows of `attacks.run` on one edit, or on none: each attack as made, the probes' share of layers and each layer,
+    of patching the depth score, and the worst case.
 
     Left out: the facts that an attack was trained on, and `untouched` (attack "none" comes from `of_evaluation`). The worst case is missing
     where `headline.worst_case` cannot be had.
     """
     read = rows[rows["group"].isin(["forget", "retain"]) & (rows["attack"] != "none")]
-    hidden = read["attack"].isin(["probe", "logit lens"])
-    tables = [part.assign(attack=_names(part)) for part in _melt(read[~hidden])]
-    tables += [_probed(read), _probed_by_layer(read), _worst(rows, split)]
+    inside = read["attack"].isin(["probe", "logit lens", "patch"])
+    tables = [part.assign(attack=_names(part)) for part in _melt(read[~inside])]
+    tables = [part[(part["measure"].str.endswith(" top1")) | ~part["attack"].str.split(":").str[0].isin(BRIEF)] for part in tables]
+    tables += [_probed(read), _probed_by_layer(read), _patched(read), _worst(rows, split)]
     return _tidy(pd.concat([table for table in tables if len(table)]), **where)
 
 
@@ -108,6 +112,15 @@ def _probed_by_layer(rows: pd.DataFrame) -> pd.DataFrame:
     """Each position and layer as an attack of its own, "probe: last, layer 3"; only top-1 of the true answer, because there are many."""
     part = rows[(rows["attack"] == PROBED[0]) & (rows["group"] == "forget")]
     return part.assign(attack=_names(part), fact=_facts(part), measure="forget top1", value=part["top_true"])
+
+
+def _patched(rows: pd.DataFrame) -> pd.DataFrame:
+    """Per fact the depth of erasure, from 0 (all of it is still there) to 1 (as if never learned)."""
+    part = rows[rows["attack"] == "patch"]
+    if part.empty:
+        return pd.DataFrame()
+    scores = depth_score(part).dropna(subset="uds")
+    return scores.assign(attack="patch", setting="depth score, last", fact=_facts(scores), measure="depth", value=scores["uds"])
 
 
 def _worst(rows: pd.DataFrame, split: Split) -> pd.DataFrame:

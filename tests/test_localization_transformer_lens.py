@@ -12,6 +12,7 @@ from helpers.localization.attribution import attribute
 from helpers.localization.counterfactual import pairs
 from helpers.localization.lens import direct_attribution, logit_lens
 from helpers.localization.patching import patch
+from helpers.localization.second_opinion import lens_residual_patching
 
 FACT = ["subject", "relation"]
 
@@ -77,6 +78,18 @@ def test_activation_patching(boot, model, both):
     for layer in range(3):
         for head in range(4):
             np.testing.assert_allclose(heads[layer, head], values[layer, head], atol=1e-4)
+
+
+@pytest.mark.parametrize("family", families.FAMILIES)
+def test_second_opinion_on_the_residual_stream(family):
+    """Prompts of several lengths, of which it takes the commonest kind, on every family."""
+    model = cases.model(family)
+    twins = pairs(model, cases.facts(24), "cloze")
+    theirs = lens_residual_patching(model, twins, limit=4)
+    assert 2 * 3 <= len(theirs) <= 2 * 3 * 4 and theirs["ld_patched"].std() > 0.1
+    both = patch(model, twins, ("resid_pre",)).merge(theirs, on=[*FACT, "layer", "position"], suffixes=("", "_lens"))
+    assert len(both) == len(theirs)
+    np.testing.assert_allclose(both["ld_patched"], both["ld_patched_lens"], atol=1e-4)
 
 
 def test_attribution_patching(boot, model, both):

@@ -24,7 +24,7 @@ def attacked():
     model, edit, split = cases.known(), cases.edit(), cases.a_split()
     parts = [attacks.untouched(model, edit, split, n_retain=16),
              attacks.relearn(model, edit, split, rates=(2e-3,), steps=(0, 20), rank=4, invented=True, n_retain=16, formats=("one_shot",)),
-             attacks.probe(model, edit, split, n_retain=16)]
+             attacks.probe(model, edit, split, n_retain=16), attacks.patch(model, edit, split), attacks.noise(model, edit, split, n_retain=16)]
     return pd.concat(parts, ignore_index=True)
 
 
@@ -77,6 +77,17 @@ def test_probes_stand_at_every_layer_too(attacked):
     plain = rows[rows["control"] == ""].groupby(["position", "layer"])["top_true"].mean()
     assert {(position, layer): found[f"probe: {position}, layer {layer:.0f}"] for position, layer in plain.index} == plain.to_dict()
     assert len(found) == rows.groupby(["position", "layer", "control"]).ngroups  # controls under names of their own
+
+
+def test_of_patching_there_is_the_depth_score_and_of_handled_weights_only_top1(attacked):
+    long = results.of_attacks(attacked, cases.a_split(), seed=0, **WHERE)
+    found = long[long["attack"] == "patch"].set_index("fact")["value"]
+    expected = attacks.depth_score(attacked).dropna(subset="uds")
+    assert found.tolist() == expected["uds"].tolist() and set(found.index) == set(expected["subject"] + " | " + expected["relation"])
+    handled = long[long["attack"].str.startswith("noise")]
+    assert len(handled) and handled["measure"].str.endswith(" top1").all()
+    rows = attacked[(attacked["attack"] == "noise") & (attacked["group"] == "forget") & (attacked["format"] == "one_shot")]
+    assert handled.loc[handled["measure"] == "forget top1", "value"].mean() == pytest.approx(rows["top_true"].mean())
 
 
 def test_the_worst_case_is_that_of_the_headline(attacked):

@@ -1,19 +1,22 @@
 """TransformerLens as an independent second opinion on the same weights and prompts.
 
 Other people's code, so agreement is evidence. It runs on a copy of the model, since TransformerLens
-folds norms into the weights next to them. Not every family is served: its direct logit attribution
-refuses blocks with post-norms (Gemma2).
+folds norms into the weights next to them. Not every family is served by all of it: its direct logit
+attribution refuses blocks with post-norms (Gemma2), its activation patching does not.
 """
 
 from __future__ import annotations
 
 import copy
+import io
 import tempfile
+from contextlib import redirect_stderr
 
 import pandas as pd
 import torch
 from transformers import AutoTokenizer
 
+from helpers.localization.counterfactual import Pairs
 from helpers.models import Model
 from helpers.prompts import PromptSet
 
@@ -47,7 +50,45 @@ def lens_head_attribution(model: Model, prompts: PromptSet) -> pd.Series | None:
     lengths = prompts.mask.sum(1)
     for length in lengths.unique().tolist():
         part = prompts[(lengths == length).nonzero().flatten()]
-        tokens = torch.stack([row[mask.bool()] for row, mask in zip(part.tokens, part.mask)])
+        tokens = _without_padding(part)
         found = direct_logit_attribution(lens, tokens, part.answer_ids, part.edit_ids, unit="head")
         total += found.attribution[: len(total)].float().sum(1).cpu()
     return pd.Series((total / len(prompts)).numpy(), index=[str(c) for c in model.components("head")])
+
+
+@torch.no_grad()
+def lens_residual_patching(model: Model, twins: Pairs, limit: int = 8) -> pd.DataFrame:
+    """TransformerLens' residual patching, layer by layer, at the subject's last token and at the last position.
+
+    It knows columns and not roles, so it is asked about at most `limit` pairs whose prompts are equally long and whose
+    subjects end in the same column: those of the commonest kind. Columns: subject, relation, layer, position, `ld_patched`
+    (the logit difference of the patched run), named as in `patching.patch`.
+    """
+    from transformer_lens.patching import generic_activation_patch, layer_pos_patch_setter
+
+    padding = twins.clean.mask.shape[1] - twins.clean.mask.sum(1)
+    kinds = pd.Series(list(zip(padding.tolist(), twins.clean.subject[:, 1].tolist())))
+    rows = kinds.index[kinds == kinds.value_counts().index[0]][:limit].tolist()
+    some = twins[rows]
+    end = int(some.clean.subject[0, 1] - padding[rows[0]])
+    clean, corrupted = _without_padding(some.clean), _without_padding(some.corrupted)
+    columns = {"subject last": end - 1, "last": clean.shape[1] - 1}
+    asked = pd.DataFrame([(layer, column) for layer in range(model.n_layers) for column in columns.values()], columns=["layer", "pos"])
+
+    def difference(logits: torch.Tensor) -> torch.Tensor:
+        true, other = logits[:, -1].gather(1, some.answers).T
+        return true - other
+
+    lens = bridge(model, folded=False)
+    _, cache = lens.run_with_cache(clean)
+    with redirect_stderr(io.StringIO()):  # its progress bar
+        found = generic_activation_patch(lens, corrupted, cache, difference, layer_pos_patch_setter, "resid_pre", index_df=asked, reduce="none")
+    of_column = {column: name for name, column in columns.items()}
+    return pd.DataFrame([{"subject": fact.subject, "relation": fact.relation.name, "layer": layer, "position": of_column[column], "ld_patched": value}
+                         for (layer, column), values in zip(asked.itertuples(index=False), found.values.float().cpu().tolist())
+                         for fact, value in zip(some.clean.facts, values)])
+
+
+def _without_padding(prompts: PromptSet) -> torch.Tensor:
+    """(n, length) tokens of prompts of one length."""
+    return torch.stack([row[mask.bool()] for row, mask in zip(prompts.tokens, prompts.mask)])

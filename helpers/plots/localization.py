@@ -10,18 +10,20 @@ import pandas as pd
 import seaborn as sns
 from matplotlib.figure import Figure
 
-from helpers.plots.style import DIVERGING, PALETTE, canvas
+from helpers.plots.style import DIVERGING, PALETTE, SEQUENTIAL, canvas
 
 
 def layer_maps(table: pd.DataFrame, value: str, columns: str, title: str = "", limit: float | None = None, order: Sequence[str] | None = None) -> Figure:
-    """Heat maps layer × position, one panel per ``columns`` value, on one diverging scale centred on 0."""
+    """Heat maps layer × position, one panel per ``columns`` value, on one scale: diverging around 0, from 0 up where no value is negative."""
     panels = list(dict.fromkeys(table[columns]))
     positions = list(order or dict.fromkeys(table["position"]))
+    signed = (table[value] < 0).any()
     limit = limit or float(table[value].abs().max())
+    scale = {"cmap": DIVERGING if signed else SEQUENTIAL, "vmin": -limit if signed else 0, "vmax": limit}
     figure, axes = canvas(len(panels), width=0.34 * len(positions) + 0.9, height=0.24 * table["layer"].nunique() + 1.5, squeeze=False, sharey=True)
     for ax, panel in zip(axes[0], panels):
         grid = table[table[columns] == panel].pivot_table(index="layer", columns="position", values=value).reindex(columns=positions)
-        image = ax.imshow(grid, origin="lower", aspect="auto", cmap=DIVERGING, vmin=-limit, vmax=limit)
+        image = ax.imshow(grid, origin="lower", aspect="auto", **scale)
         ax.set_xticks(range(len(positions)), positions, rotation=45, ha="right", fontsize=8)
         ax.set_yticks(range(len(grid)), grid.index, fontsize=8)
         ax.set_title(panel)
@@ -87,7 +89,7 @@ def score_map(table: pd.DataFrame, outlined: Sequence[int] = (), title: str = ""
     figure, axes = canvas(2, width=0.3 * n_layers + 1.2, height=0.36 * len(methods) + 1.2, sharey=True)
     for ax, (kind, name) in zip(axes, (("attn", "attention"), ("mlp", "MLP"))):
         grid = table[table["kind"] == kind].pivot(index="method", columns="layer", values="size").reindex(methods)
-        image = ax.imshow(grid, cmap="Blues", vmin=0, vmax=1, aspect="auto")
+        image = ax.imshow(grid, cmap=SEQUENTIAL, vmin=0, vmax=1, aspect="auto")
         ax.set(title=name, xlabel="layer")
         ax.set_xticks(range(n_layers), range(n_layers), fontsize=8)
         ax.set_yticks(range(len(methods)), methods)

@@ -45,7 +45,7 @@ def layer_lines(table: pd.DataFrame, value: str, hue: str, ylabel: str, title: s
     if zero:
         ax.axhline(0, color="0.45", linewidth=0.8)
     ax.set(xlabel="layer", ylabel=ylabel, title=title)
-    ax.legend(title=hue)
+    figure.legend(loc="outside lower center", ncols=min(2, table[hue].nunique()))  # lines may run anywhere
     return figure
 
 

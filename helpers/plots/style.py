@@ -8,6 +8,7 @@ from matplotlib.figure import Figure
 
 PALETTE = sns.color_palette("colorblind")
 DIVERGING = "PuOr"
+SEQUENTIAL = "Blues"
 STYLE = {
     "figure.dpi": 110, "savefig.dpi": 150, "font.size": 10, "axes.titlesize": 11,
     "axes.spines.top": False, "axes.spines.right": False, "axes.grid": True, "grid.alpha": 0.25, "grid.linewidth": 0.6,

@@ -210,7 +210,7 @@ def _prepare(options: argparse.Namespace) -> tuple[Model, Split, dict[str, Entra
     known = metrics.known(model, load(options.facts))
     split = splits.split(known, options.forget)
     chosen = choose(model, known, split, ["lookup", "everything"], lookup=options.lookup, seed=options.seed).masks
-    settings = Settings(steps=options.steps)
+    settings = Settings(steps=options.steps, batch=options.batch)
     if options.task == "edit":
         return model, split, editing(model, chosen, settings, seed=options.seed, cache=options.folder / "covariances")
     return model, split, deleting(candidates(model, chosen["lookup"]), settings=settings, seed=options.seed)
@@ -233,6 +233,7 @@ def _arguments() -> argparse.ArgumentParser:
     parser.add_argument("--trials", type=int, default=12, help="as many for every method")
     parser.add_argument("--jobs", type=int, default=1, help="processes, each for some of the methods")
     parser.add_argument("--steps", type=int, default=Settings().steps, help="optimizer steps of a trial")
+    parser.add_argument("--batch", type=int, default=32, help="examples of each kind a step; the paper took 64")
     parser.add_argument("--lookup", type=lambda text: tuple(map(int, text.split(","))), help="lookup MLPs chosen by hand, 2,3,4")
     parser.add_argument("--seed", type=int, default=0, help="of points, edits and localization")
     parser.add_argument("--device", help="cpu, cuda … (default: a GPU if there is one)")

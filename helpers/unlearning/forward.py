@@ -8,6 +8,7 @@ a full pass, bit for bit when the batch is the same.
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
@@ -35,10 +36,12 @@ def hidden_states(model: Model, tokens: torch.Tensor, mask: torch.Tensor, start:
     positions = torch.arange(tokens.shape[1], device=tokens.device).expand_as(tokens)
     key, whole = ("input_ids", tokens) if residual is None else ("inputs_embeds", residual)
     common = _Common() if shared else None
+    names = inspect.signature(model.hf.base_model.forward).parameters
+    cache = "cache" if "cache" in names else "past_key_values"  # transformers 5.24 renamed it
 
     def run(rows: slice, columns: slice) -> torch.Tensor:
         inputs = {key: whole[rows, columns], "attention_mask": mask[rows, : columns.stop], "position_ids": positions[rows, columns]}
-        return model.hf.base_model(**inputs, past_key_values=common, use_cache=False).last_hidden_state
+        return model.hf.base_model(**inputs, **{cache: common}, use_cache=False).last_hidden_state
 
     start = 0 if residual is None else start
     run_again = range(start, model.n_layers if stop is None else stop) if recompute else ()
