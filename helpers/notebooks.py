@@ -66,6 +66,8 @@ class LocalKernel(AsyncKernelManager):
         search = [str(Path(__file__).parents[1]), os.environ.get("PYTHONPATH", "")]
         quiet = {runs.HEADLESS_VARIABLE: "1", "HF_HUB_DISABLE_PROGRESS_BARS": "1"}
         extra = {"PYTHONPATH": os.pathsep.join(filter(None, search)), **quiet}
+        # its log tells of the interrupt that ends it, as an error; what goes wrong in a cell is in the notebook
+        options["extra_arguments"] = [*options.get("extra_arguments", ()), "--log-level=CRITICAL"]
         await super().start_kernel(**options, env={**os.environ, **extra})
 
 

@@ -26,6 +26,7 @@ COLUMNS = ["facts", "n", "seed", "localization", "layers", "method", "attack", "
 ATTACKS = {"relearn lora": "all facts, lr 0.002, step 20 of 20", "relearn full": "all facts, lr 0.001, step 20 of 20",
            "soft prompt": "10 vectors, restart 0, step 60 of 60"}
 PROBED = ("probe", "last")  # attack and position of probe_true
+LOCALIZE = "localize"  # the method of rows that say where a mask lies
 BRIEF = ("quantise", "prune", "noise", "undo", "interpolate")  # of many settings each: only top-1, so that hundreds of runs stay small
 
 
@@ -59,6 +60,21 @@ def by_format(estimated: pd.DataFrame, answer: str = "edit", reading: str = "top
     suffix = f"{answer} {reading}"
     rows = estimated[estimated["measure"].str.endswith(suffix) & ~estimated["measure"].str.startswith("neighborhood")]
     return rows.assign(format=rows["measure"].str.removesuffix(suffix).str.rstrip("_").replace("", "one_shot"))
+
+
+def of_localization(regions: pd.DataFrame, units: Mapping[str, str], overlap: Mapping[str, float], area: Mapping[str, float], **where) -> pd.DataFrame:
+    """Long results from `evidence.regions`: of each choice its shares of lookup and extraction layers, and where there is one its overlap with
+    the choices of resampled facts and the area under the answer as its components are knocked out. `setting` names its `units`.
+
+    `where`: facts, n and seed.
+    """
+    shares = regions.melt("choice", ["lookup", "extraction"], "measure").assign(measure=lambda t: t["measure"] + " share")
+    others = [{"choice": choice, "measure": measure, "value": value}
+              for measure, found in {"overlap": overlap, "knock-out area": area}.items() for choice, value in found.items()]
+    table = pd.concat([shares, pd.DataFrame(others)], ignore_index=True)
+    table = table.assign(localization=table["choice"], setting=table["choice"].map(units).fillna(""), attack="none", fact="")
+    return pd.concat([_tidy(part, localization=choice, method=LOCALIZE, **where) for choice, part in table.groupby("choice", sort=False)],
+                     ignore_index=True)
 
 
 def of_attacks(rows: pd.DataFrame, split: Split, **where) -> pd.DataFrame:

@@ -9,7 +9,7 @@ import pandas as pd
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from helpers import provenance, store
+from helpers import provenance, results, store
 from helpers.attacks.headline import SPOKEN
 from helpers.facts import load
 
@@ -87,6 +87,17 @@ def sizes() -> pd.DataFrame:
 def windows() -> pd.DataFrame:
     return pd.concat([edit(f"MLP {first}-{first + 1}", shift=0.1 - 0.02 * first, layers=f"{first} {first + 1}", attacked=False)
                       for first in range(4)], ignore_index=True)
+
+
+def localized(seeds: int = 3) -> pd.DataFrame:
+    """Two choices; the second takes other units in the last seed."""
+    found = []
+    for seed in range(seeds):
+        regions = pd.DataFrame({"choice": ["fact lookup", "causal tracing"], "lookup": [1.0, 0.25], "extraction": [0.0, 0.5 + 0.1 * seed]})
+        units = {"fact lookup": "mlp 0, mlp 1", "causal tracing": "attn 6, mlp 8" if seed < seeds - 1 else "attn 7, mlp 8"}
+        found.append(results.of_localization(regions, units, {"causal tracing": 0.9}, {"causal tracing": 0.05, "random": 0.3},
+                                             facts="athletes, 96 facts", n=96, seed=seed).assign(model="tiny-llama3", run=f"03 {seed}"))
+    return pd.concat(found, ignore_index=True)
 
 
 def pack(rows: pd.DataFrame, file: Path, stale: bool = False, notebook: str = NOTEBOOK) -> Path:

@@ -177,6 +177,19 @@ def test_the_leaderboard_ranks_by_the_worst_case_and_puts_wrecked_models_last(ro
     assert before.loc["everything", "attack"] == "relearn lora"
 
 
+def test_where_localizations_look_is_a_mean_over_seeds_and_says_which_chose_the_same(rows, declared, tmp_path):
+    both = pd.concat([rows, cases.localized()], ignore_index=True)
+    collected = material.collect([cases.pack(both, tmp_path / "rows.parquet")])
+    table = tables.localizations(collected.rows).set_index("localization")
+    assert table.loc["causal tracing", "extraction share"] == pytest.approx(0.6) and table.loc["causal tracing", "lookup share"] == 0.25
+    assert tuple(table.loc["causal tracing", ["units", "same", "seeds"]]) == ("attn 6, mlp 8", 2, 3)
+    assert table.loc["fact lookup", "same"] == 3 and table.loc["random", "knock-out area"] == pytest.approx(0.3)
+    tree = ElementTree.fromstring(page.render(collected, declared, "a day", "a command").removeprefix("<!DOCTYPE html>"))
+    shown = [[said(cell) for cell in row.iter("td")] for row in tree.find(".//table[@id='localizations']").iter("tr")][1:]
+    assert ["tiny-llama3", "athletes, 96 facts", "causal tracing", "0.25", "0.60", "0.90", "0.05", "attn 6, mlp 8", "2 of 3"] in shown
+    assert tables.leaderboard(collected.rows).equals(tables.leaderboard(rows))  # and no other table takes these rows for edits
+
+
 def test_stale_rows_are_left_out_unless_asked_for(rows, tmp_path):
     old = rows[rows["localization"] == "lookup"].assign(localization="random", run="old")
     places = [cases.pack(rows, tmp_path / "new.parquet"), cases.pack(old, tmp_path / "old.parquet", stale=True)]

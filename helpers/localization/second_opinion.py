@@ -8,9 +8,9 @@ attribution refuses blocks with post-norms (Gemma2), its activation patching doe
 from __future__ import annotations
 
 import copy
-import io
+import itertools
 import tempfile
-from contextlib import redirect_stderr
+from functools import partial
 
 import pandas as pd
 import torch
@@ -58,14 +58,12 @@ def lens_head_attribution(model: Model, prompts: PromptSet) -> pd.Series | None:
 
 @torch.no_grad()
 def lens_residual_patching(model: Model, twins: Pairs, limit: int = 8) -> pd.DataFrame:
-    """TransformerLens' residual patching, layer by layer, at the subject's last token and at the last position.
+    """The residual stream patched by hooks of TransformerLens, layer by layer, at the subject's last token and at the last position.
 
     It knows columns and not roles, so it is asked about at most `limit` pairs whose prompts are equally long and whose
     subjects end in the same column: those of the commonest kind. Columns: subject, relation, layer, position, `ld_patched`
     (the logit difference of the patched run), named as in `patching.patch`.
     """
-    from transformer_lens.patching import generic_activation_patch, layer_pos_patch_setter
-
     padding = twins.clean.mask.shape[1] - twins.clean.mask.sum(1)
     kinds = pd.Series(list(zip(padding.tolist(), twins.clean.subject[:, 1].tolist())))
     rows = kinds.index[kinds == kinds.value_counts().index[0]][:limit].tolist()
@@ -73,20 +71,21 @@ def lens_residual_patching(model: Model, twins: Pairs, limit: int = 8) -> pd.Dat
     end = int(some.clean.subject[0, 1] - padding[rows[0]])
     clean, corrupted = _without_padding(some.clean), _without_padding(some.corrupted)
     columns = {"subject last": end - 1, "last": clean.shape[1] - 1}
-    asked = pd.DataFrame([(layer, column) for layer in range(model.n_layers) for column in columns.values()], columns=["layer", "pos"])
-
-    def difference(logits: torch.Tensor) -> torch.Tensor:
-        true, other = logits[:, -1].gather(1, some.answers).T
-        return true - other
-
     lens = bridge(model, folded=False)
     _, cache = lens.run_with_cache(clean)
-    with redirect_stderr(io.StringIO()):  # its progress bar
-        found = generic_activation_patch(lens, corrupted, cache, difference, layer_pos_patch_setter, "resid_pre", index_df=asked, reduce="none")
-    of_column = {column: name for name, column in columns.items()}
-    return pd.DataFrame([{"subject": fact.subject, "relation": fact.relation.name, "layer": layer, "position": of_column[column], "ld_patched": value}
-                         for (layer, column), values in zip(asked.itertuples(index=False), found.values.float().cpu().tolist())
-                         for fact, value in zip(some.clean.facts, values)])
+    parts = []
+    for layer, (position, column) in itertools.product(range(model.n_layers), columns.items()):
+        name = f"blocks.{layer}.hook_resid_pre"
+        logits = lens.run_with_hooks(corrupted, fwd_hooks=[(name, partial(_put, column, cache[name]))])[:, -1]
+        true, other = logits.gather(1, some.answers).float().T.tolist()
+        parts += [{"subject": fact.subject, "relation": fact.relation.name, "layer": layer, "position": position, "ld_patched": a - b}
+                  for fact, a, b in zip(some.clean.facts, true, other)]
+    return pd.DataFrame(parts)
+
+
+def _put(column: int, clean: torch.Tensor, activation: torch.Tensor, hook) -> torch.Tensor:
+    activation[:, column] = clean[:, column]
+    return activation
 
 
 def _without_padding(prompts: PromptSet) -> torch.Tensor:

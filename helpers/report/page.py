@@ -39,7 +39,7 @@ def render(material: Material, declared: Claims, date: str, command: str, figure
     return environment.from_string(PAGE).render(
         date=date, command=command, material=material, count=_counts(material.runs), marks=MARKS, readings=READINGS,
         models=[*ours, *(theirs or ["the paper's models"])], theirs=tables.published_models(), tally=_tally(found), rule=declared.rule,
-        families=_families(declared, found, rows), board=tables.leaderboard(rows),
+        families=_families(declared, found, rows), board=tables.leaderboard(rows), places=tables.localizations(rows),
         sections=[_section(kind, rows, chance, figure_folder) for kind in figures.KINDS], origin=tables.provenance(material.runs), chance=chance)
 
 

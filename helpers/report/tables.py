@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pandas as pd
 
-from helpers import claims, presets, stats
+from helpers import claims, presets, results, stats
 from helpers.attacks.headline import SPOKEN
 from helpers.checkpoints import BUNDLED
 from helpers.claims import Claim, Claims
@@ -18,6 +18,7 @@ NOT_HERE = "not run here"
 OTHER = {"probability": "top1", "top1": "probability"}
 FIGURE = ["value", "n_runs", "setting"]
 COSTS = ["edit", "retain", "mcq_retain", "text_loss"]
+WHERE = ["lookup share", "extraction share", "overlap", "knock-out area"]
 BY = ["model", "facts", "n", "method", "localization"]
 
 
@@ -99,6 +100,18 @@ def leaderboard(rows: pd.DataFrame, reading: str = "top1") -> pd.DataFrame:
     attacks = [_most_often(spoken, row) for _, row in table.iterrows()]
     table = table.assign(attack=attacks, collapsed=["; ".join(reason) for reason in reasons], lost=list(map(bool, reasons)))
     return table.sort_values(["model", "facts", "lost", "worst"], kind="stable").drop(columns="lost").reset_index(drop=True)
+
+
+def localizations(rows: pd.DataFrame) -> pd.DataFrame:
+    """One row a model, facts and choice: means over seeds of the measures of `results.of_localization`, the `units` of the first seed, and
+    `same`, how many of the `seeds` chose these units."""
+    found = rows[rows["method"] == results.LOCALIZE].sort_values("seed", kind="stable")
+    by, table = ["model", "facts", "localization"], []
+    for key, part in found.groupby(by, sort=False):
+        first = part.drop_duplicates("seed")["setting"]
+        table.append({**dict(zip(by, key)), **part.groupby("measure")["value"].mean(), "units": first.iloc[0],
+                      "same": int((first == first.iloc[0]).sum()), "seeds": len(first)})
+    return pd.DataFrame(table, columns=[*by, *WHERE, "units", "same", "seeds"])
 
 
 def provenance(runs: pd.DataFrame) -> pd.DataFrame:

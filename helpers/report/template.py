@@ -119,6 +119,27 @@ easily reach the ceiling of 1. {% for facts, level in chance.items() %}Guessing 
 <p class="none">No rows of attacks yet: <code>{{ sections[1].command }}</code></p>
 {% endif %}
 
+<h2>Where each localization looks</h2>
+<p>Every choice has the budget that fact lookup sets. Shares are of its weights: how much lies in the layers that fact lookup names, how much in those of the
+extraction heads. Overlap: with the choice from resampled facts (1: always the same). Area: how much of the answer is left as the ranking's components are knocked
+out one after the other; small means that it names what the answer needs, which is not yet where the fact is stored.</p>
+{% if places|length %}
+<div class="scroll"><table id="localizations">
+<thead><tr><th>Model</th><th>Facts</th><th>Choice</th><th>In lookup layers</th><th>In extraction layers</th><th>Overlap</th><th>Area</th><th>Units, first seed</th>
+<th>Seeds with these units</th></tr></thead>
+<tbody>
+{% for _, row in places.iterrows() %}
+<tr><td>{{ row.model }}</td><td>{{ row.facts }}</td><td>{{ row.localization }}</td>
+{% for name in ('lookup share', 'extraction share', 'overlap', 'knock-out area') %}
+<td class="number">{{ row[name]|number }}</td>
+{% endfor %}
+<td class="small">{{ row.units }}</td><td>{{ row.same }} of {{ row.seeds }}</td></tr>
+{% endfor %}
+</tbody></table></div>
+{% else %}
+<p class="none">No rows yet: <code>python -m helpers.sweep sweeps/localization.yaml</code></p>
+{% endif %}
+
 {% for section in sections %}
 <h2 id="{{ section.kind.name }}">{{ section.kind.title }}</h2>
 <p>{{ section.kind.says }}
