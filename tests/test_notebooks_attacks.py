@@ -27,8 +27,9 @@ def stored(folder):
 
 def test_every_edit_is_measured_and_attacked_beside_the_unedited_model(stored):
     assert set(stored["localization"]) == {"none", *MASKS} and set(stored["seed"]) == {1} and set(stored["n"]) == {16}
-    assert set(stored[stored["localization"] == "none"]["attack"]) == {"none"}
-    base = stored[(stored["localization"] == "none") & (stored["measure"] == "forget top1")]
+    unedited = stored[stored["localization"] == "none"]
+    assert set(unedited["attack"].str.split(":").str[0]) == {"none", "probe", "worst"}  # nothing is trained on it: probes are the ceiling
+    base = unedited[(unedited["attack"] == "none") & (unedited["measure"] == "forget top1")]
     assert base["value"].mean() >= 0.9  # the facts are ones that the model knows
     for mask in MASKS:
         part = stored[stored["localization"] == mask]
