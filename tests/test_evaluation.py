@@ -35,7 +35,8 @@ def test_evaluation(worded):
     counts = base.groupby(["group", "format"]).size().to_dict()
     forget = dict.fromkeys([("forget", f) for f in ("one_shot", "qa", "paraphrase", "mcq", "league", "venue")], 8)
     kept = len(given.retain_test)
-    assert counts.items() >= (forget | {("retain", "one_shot"): kept, ("retain", "mcq"): kept}).items()
+    retain = dict.fromkeys([("retain", f) for f in ("one_shot", "mcq", "league", "venue")], kept)
+    assert counts.items() >= (forget | retain).items()
     assert not base.duplicated(["group", "format", "subject", "relation", "answer"]).any()
     assert json.loads(base.head().to_json(orient="records"))
     edit = finetune(model, given, mask(model, ["mlp 1", "mlp 2"]), "edit", Settings(steps=25, batch=16, learning_rate=1e-2), texts)
@@ -45,6 +46,8 @@ def test_evaluation(worded):
     assert len(table) == 4 and rows.query("group == 'retain' and format == 'one_shot'").shape[0] == 5
     assert table.loc[("finetune", "top1"), "edit"] == 1.0 > table.loc[("base", "top1"), "edit"]
     assert table.loc[("finetune", "top1"), ["mask", "seed"]].tolist() == ["mlp 1, mlp 2", 7]
+    attributes = rows.query("group == 'retain' and format == 'league'")
+    assert len(attributes) == 5 and table.loc[("finetune", "top1"), "league_retain"] == attributes["top_true"].mean()
     assert not table.loc["base", "collapsed"].any() and table.loc["base", "retain_kept"].all()
     # the paper's reading of sports is among the four sports, and a sum of the table can be made by hand
     one_shot = rows.query("group == 'forget' and format == 'one_shot'")

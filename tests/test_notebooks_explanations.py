@@ -13,7 +13,11 @@ from helpers import store
 from helpers.explanations import MEASURES
 from helpers.facts import DATA
 
-MODEL, SEED, N_FACTS = "tiny-llama3", 1, 16
+MODEL, COPIED, SEED, N_FACTS = "tiny-gemma2", "tiny-llama3", 1, 16
+
+
+def recipe(name: str) -> dict:
+    return json.loads((DATA / "models" / name / "recipe.json").read_text())
 
 
 def by_depth(n_layers: int) -> pd.DataFrame:
@@ -37,10 +41,9 @@ def by_depth(n_layers: int) -> pd.DataFrame:
 def folder(tmp_path_factory):
     out = tmp_path_factory.mktemp("explanations")
     late = out / "late"
-    shutil.copytree(DATA / "models" / MODEL, late)
-    recipe = json.loads((late / "recipe.json").read_text())
-    (late / "recipe.json").write_text(json.dumps(recipe | {"frozen_blocks": 1}))
-    by_depth(recipe["n_layers"]).to_parquet(out / "stored.parquet", index=False)
+    shutil.copytree(DATA / "models" / COPIED, late)
+    (late / "recipe.json").write_text(json.dumps(recipe(COPIED) | {"frozen_blocks": 1}))
+    by_depth(recipe(MODEL)["n_layers"]).to_parquet(out / "stored.parquet", index=False)
     return cases.executed("09_mechanism_or_depth", out, seed=SEED, rows=str(out / "stored.parquet"), dissociating=str(late))
 
 
@@ -86,7 +89,7 @@ def test_localizers_are_scored_against_the_recipe(rows):
     scored = rows[rows["measure"] == "localizer"].set_index("choice")
     assert {"causal tracing", "causal tracing MLPs", "attribution", "attribution MLPs", "by chance"} <= set(scored.index)
     assert scored[["frozen", "middle", "late"]].sum(axis=1).tolist() == pytest.approx([1.0] * len(scored))
-    assert scored.loc["by chance", "frozen"] == pytest.approx(1 / 12)  # one block of the copied model
+    assert scored.loc["by chance", "frozen"] == pytest.approx(1 / recipe(COPIED)["n_layers"])
     in_the_first = scored["units"].str.contains(r"(?:mlp|attn) 0\b")
     assert ((scored["frozen"] > 0) == in_the_first)[scored.index != "by chance"].all()
 
@@ -100,7 +103,7 @@ def test_the_copied_model_is_edited_early_and_late(made):
 
 def test_stored_rows_decide_and_lookup_does_not_borrow_what_depth_did(rows, checks):
     slopes = rows[(rows["measure"] == "slope") & (rows["regressed"] == MEASURES[0].label)].set_index(["explanation", "rival"])
-    assert set(slopes["n_seeds"]) == {3} and set(slopes["n_facts"]) == {12} and set(slopes["n_windows"]) == {11}
+    assert set(slopes["n_seeds"]) == {3} and set(slopes["n_facts"]) == {12} and set(slopes["n_windows"]) == {recipe(MODEL)["n_layers"] - 1}
     assert slopes.loc[("depth", "ignored"), "low"] > 0
     assert not checks["how much lookup a window does explains what its edit achieves"]["holds"]
     assert checks["how early a window begins explains what its edit achieves"]["observed"].split(":")[0] in ("depth", "open")

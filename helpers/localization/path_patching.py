@@ -21,8 +21,8 @@ The columns of the tables are in `helpers.localization.path_tables`.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
-from contextlib import ExitStack, suppress
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager, suppress
 from functools import partial
 
 import pandas as pd
@@ -211,11 +211,21 @@ class _Part:
         stop, start = read.shape[1], read.shape[1] - 1 if last else 0
         if start:
             memory.suffices = True
-            with suppress(Known):  # products with a strided slice would be slow
+            with suppress(Known), self._one_query(layer, start):  # products with a strided slice would be slow
                 attention(hidden_states=read[:, :start].contiguous(), **self.corrupt.given(layer, rows, slice(0, start), memory))
             memory.suffices = False
         with suppress(Known):
             attention(hidden_states=read[:, start:], **self.corrupt.given(layer, rows, slice(start, stop), memory))
+
+    @contextmanager
+    def _one_query(self, layer: int, length: int) -> Iterator[None]:
+        """Within the block a layer computes one query in place of `length` that nobody wants, where queries are a module of their own."""
+        with ExitStack() as hooks:
+            if self.model.matrix("q", layer)[1] is None:
+                query = self.model.part("q", layer)
+                hooks.callback(query.register_forward_pre_hook(lambda _, inputs: (inputs[0][:, :1],)).remove)
+                hooks.callback(query.register_forward_hook(lambda _, __, output: output.expand(-1, length, -1)).remove)
+            yield
 
     def attention_out(self, layer: int, z: torch.Tensor) -> torch.Tensor:
         """What an attention adds to the residual when its heads give z (…, n_heads, d_head)."""

@@ -34,9 +34,9 @@ def evaluate(model: Model, split: Split, method: str = "base", mask: str = "none
     """Measure the model as it is: one row a fact, format and group, and one for general text.
 
     Groups: `forget` (all formats: one_shot, qa, paraphrase, mcq, and the attributes that follow from the answer),
-    `retain` (one_shot, mcq; a fixed draw of `n_retain` facts of `retain_test`), `neighborhood` (facts outside the forget
-    set with the same true answer), `text` (column `loss`, nats a token). `mcq` is averaged over `orders`, `paraphrase`
-    over all paraphrases. Formats that some facts cannot have are asked of the others.
+    `retain` (one_shot, mcq, attributes; a fixed draw of `n_retain` facts of `retain_test`), `neighborhood` (facts outside
+    the forget set with the same true answer), `text` (column `loss`, nats a token). `mcq` is averaged over `orders`,
+    `paraphrase` over all paraphrases. Formats that some facts cannot have are asked of the others.
 
     Columns beside KEY: `prob_*` (the paper's probability), and those of `metrics.scores`. `forget` replaces the forget
     set, e.g. by `split.attack_test` in whole-sport editing. `texts` None: 200 texts held out from the tiny models' training.
@@ -56,9 +56,11 @@ def evaluate(model: Model, split: Split, method: str = "base", mask: str = "none
     near = forget.where(lambda f: len(neighbors(f, kept, 1)) > 0)
     if len(near):
         tables.append(("neighborhood", _per_fact(ask(near, "neighborhood", pool=kept, n=n_neighbors))))
-    for name in dict.fromkeys(a.name for f in forget for a in f.relation.attributes):
-        has = forget.where(lambda f: name in {a.name for a in f.relation.attributes})
-        tables.append(("forget", ask(has, "attribute", name=name).assign(format=name)))
+    # an edit may break a format for everyone, which only the facts that should stay can show
+    for group, facts in (("forget", forget), ("retain", retain)):
+        for name in dict.fromkeys(a.name for f in facts for a in f.relation.attributes):
+            has = facts.where(lambda f: name in {a.name for a in f.relation.attributes})
+            tables.append((group, ask(has, "attribute", name=name).assign(format=name)))
     texts = general_texts(200, held_out=True) if texts is None else texts
     text = pd.DataFrame({"format": ["text"], "loss": [metrics.text_loss(model, texts)]})
     closed = {f.relation.name for f in (*forget, *kept) if f.relation.options}

@@ -2,7 +2,7 @@
 
     edit = memit(model, split, layers=[2, 3, 4])
 
-A target is found for each fact: the residual z after the highest layer, with δ added to the output of `down` there
+A target is found for each fact: the residual z after the highest layer, with δ added there
 (`helpers.unlearning.values`). From the lowest layer to the highest, each takes its share of what is still missing,
 
     R = (z − residual now) / (layers left),   ΔW = R Kᵀ (λ C + K Kᵀ)⁻¹
@@ -76,8 +76,8 @@ def spread(model: Model, split: Split, requests: Requests, layers: Sequence[int]
     """Targets at the highest layer, reached in equal steps by `solve` at each layer, lowest first."""
     top, rows, new = layers[-1], [], {}
     with restored(model, layers):
-        delta, found = optimise(model, requests, top, sizes(model, requests, top), values)
-        _, goal = mean_keys(model, requests, top, delta=delta)
+        delta, found = optimise(model, requests, top, sizes(model, requests, top, behind=True), values, behind=True)
+        _, goal = mean_keys(model, requests, top, delta=delta, behind=True)
         for left, layer in zip(range(len(layers), 0, -1), layers):
             keys, now = mean_keys(model, requests, layer, top)
             parameter = model.matrix("down", layer)[0]

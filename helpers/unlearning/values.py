@@ -13,7 +13,9 @@ that fit one model); the essence term is read at the end of its prompt, as the p
 the subject; contexts (what stands before the prompt) are the openings of given texts, where the code generates them.
 
 δ sits on the output of `down`. Under a post-norm (Gemma2) it passes that norm on its way to the residual, in the
-optimisation as in the edited model. Biases stay as they are. Parallel blocks (GPT-NeoX) need nothing special: their MLP
+optimisation as in the edited model, and the norm bounds what one layer can write: in `tiny-gemma2` to a third of the
+residual, where a new value takes one and a half times its length. So MEMIT and AlphaEdit, which share a value among
+layers, put δ `behind` the norm, on the residual itself (MEMIT's own definition; without a post-norm the same). Biases stay as they are. Parallel blocks (GPT-NeoX) need nothing special: their MLP
 adds its output to the residual, too.
 """
 
@@ -128,16 +130,15 @@ def _openings(texts: Sequence[str], count: int, seed: int) -> list[str]:
 
 @torch.no_grad()
 def mean_keys(model: Model, requests: Requests, layer: int, top: int | None = None, delta: torch.Tensor | None = None,
-              batch_size: int = 16) -> tuple[torch.Tensor, torch.Tensor]:
+              behind: bool = False, batch_size: int = 16) -> tuple[torch.Tensor, torch.Tensor]:
     """What `down` reads at `layer` (n, d_mlp), and the residual after block `top` (n, d_model), at the subject's last
-    token, each averaged over a fact's contexts, in float64. `delta` (n, d_model) is added to the output of `down` at
-    `top`."""
+    token, each averaged over a fact's contexts, in float64. `delta` (n, d_model) is added at `top`, see `adding`."""
     top = layer if top is None else top
 
     def work(rows: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         part = requests[rows]
         tokens, mask_ = part.batch(model.device)
-        with reading(model, [layer]) as seen, adding(model, top, part, None if delta is None else delta[rows]):
+        with reading(model, [layer]) as seen, adding(model, top, part, None if delta is None else delta[rows], behind):
             after = hidden_states(model, tokens, mask_, stop=top + 1)
         return tuple(_at(x, part.subject)[:, :-1].double().mean(1) for x in (seen[layer], after))
 
@@ -146,31 +147,31 @@ def mean_keys(model: Model, requests: Requests, layer: int, top: int | None = No
 
 
 @torch.no_grad()
-def sizes(model: Model, requests: Requests, layer: int) -> torch.Tensor:
+def sizes(model: Model, requests: Requests, layer: int, behind: bool = False) -> torch.Tensor:
     """(n,) what the length of a fact's δ is measured in: the length of the residual after the block, at the subject.
-    Under a post-norm four times that of the output of `down` (ROME's clamp), since of that the norm leaves no more
+    Before a post-norm four times that of the output of `down` (ROME's clamp), since of that the norm leaves no more
     than the direction."""
     keys, residual = mean_keys(model, requests, layer)
-    if model.mlp_post_norm(layer) is None:
+    if behind or model.mlp_post_norm(layer) is None:
         return residual.norm(dim=1)
     return 4 * (keys @ model.matrix("down", layer)[0].double().T).norm(dim=1)
 
 
 def optimise(model: Model, requests: Requests, layer: int, size: torch.Tensor, values: Values,
-             batch_size: int = 16) -> tuple[torch.Tensor, pd.DataFrame]:
-    """δ (n, d_model) for the output of `down` at a layer, and how it went; facts do not influence each other.
+             behind: bool = False, batch_size: int = 16) -> tuple[torch.Tensor, pd.DataFrame]:
+    """δ (n, d_model) for the output of `down` at a layer, or `behind` a norm that follows it, and how it went; facts do not influence each other.
 
     `size` (n,) is what the length of δ is measured in. One row a fact: `steps`, `loss_before` and `loss_after` (nats
     of the answer, without the other terms), `essence` (KL, nats), `length` of δ relative to `size`. Raises
     `EditError` for a loss that is no finite number.
     """
-    work = lambda rows: _optimise(model, requests[rows], layer, size[rows], values)
+    work = lambda rows: _optimise(model, requests[rows], layer, size[rows], values, behind)
     parts = over_rows(work, len(requests), batch_size)
     return torch.cat([delta for delta, _ in parts]), pd.concat([table for _, table in parts], ignore_index=True)
 
 
 def _optimise(model: Model, requests: Requests, layer: int, size: torch.Tensor,
-              values: Values) -> tuple[torch.Tensor, pd.DataFrame]:
+              values: Values, behind: bool) -> tuple[torch.Tensor, pd.DataFrame]:
     tokens, mask_ = requests.batch(model.device)
     with torch.no_grad():
         before = hidden_states(model, tokens, mask_, stop=layer)
@@ -182,7 +183,7 @@ def _optimise(model: Model, requests: Requests, layer: int, size: torch.Tensor,
     taken, first, reference = torch.zeros(len(requests), dtype=torch.int64), None, None
     for step in range(values.steps + 1):
         optimizer.zero_grad()
-        with torch.set_grad_enabled(step < values.steps), adding(model, layer, requests, free * unit):
+        with torch.set_grad_enabled(step < values.steps), adding(model, layer, requests, free * unit, behind):
             hidden = hidden_states(model, tokens, mask_, layer, before)
             answer, said = _losses(model, requests, hidden)
             reference = said.detach() if reference is None else reference
@@ -227,15 +228,16 @@ def _at(activation: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
 
 
 @contextmanager
-def adding(model: Model, layer: int, requests: Requests, delta: torch.Tensor | None) -> Iterator[None]:
-    """Within the block, `down` at a layer gives δ (n, d_model) more at each subject's last token, in all rows of a
-    fact."""
+def adding(model: Model, layer: int, requests: Requests, delta: torch.Tensor | None, behind: bool = False) -> Iterator[None]:
+    """Within the block, `down` at a layer, or what is `behind` it where a norm follows, gives δ (n, d_model) more at each
+    subject's last token, in all rows of a fact."""
     def add(_, __, output: torch.Tensor) -> torch.Tensor:
         place = torch.arange(len(output), device=output.device), requests.subject.flatten().to(output.device)
         more = delta.repeat_interleave(requests.subject.shape[1], 0)
         return output.index_put(place, more.to(output), accumulate=True)
 
-    hook = None if delta is None else model.part("down", layer).register_forward_hook(add)
+    last = (behind and model.mlp_post_norm(layer)) or model.part("down", layer)
+    hook = None if delta is None else last.register_forward_hook(add)
     try:
         yield
     finally:
