@@ -58,7 +58,8 @@ def test_every_method_makes_an_edit_and_has_as_many_trials(searched):
         assert len(tuned.trials) == 2 and tuned.trials["error"].isna().all() and set(tuned.trials["method"]) == {name}
         assert set(tuned.best()) == set(methods[name].space) == set(methods[name].default)
         for key, kind in methods[name].space.items():
-            assert tuned.trials[key].between(kind.low, kind.high).all() and kind.low <= methods[name].default[key] <= kind.high
+            tried = [*tuned.trials[key], methods[name].default[key]]
+            assert all(value in kind.options if isinstance(kind, tuning.Choice) else kind.low <= value <= kind.high for value in tried)
         assert tuned.trials[list(methods[name].space)].drop_duplicates().shape[0] == 2
     # where two methods search the same numbers they try the same points
     rates = [found[n].trials["learning_rate"].tolist() for n in ("fine-tuning, lookup", "fine-tuning, everything", "LoRA, everything")]
@@ -76,6 +77,9 @@ def test_what_is_kept_is_what_is_read(searched, tmp_path):
     assert baselines.read(model, "delete", methods, tmp_path) is None
     assert baselines.read(model, "edit", {**methods, "another": methods["ROME"]}, tmp_path) is None
     assert [p.name for p in tmp_path.iterdir()] == [path.name]
+    longer = replace(found["ROME"], trials=pd.concat([found["ROME"].trials] * 2, ignore_index=True))
+    baselines.keep(model, "edit", {"ROME": longer}, tmp_path)  # the trials of one method made again: the others stay
+    assert {n: len(t.trials) for n, t in baselines.read(model, "edit", methods, tmp_path).items()} == dict.fromkeys(found, 2) | {"ROME": 4}
     another = cases.random_model()  # of the same name: none of these trials are its own
     assert baselines.read(another, "edit", methods, tmp_path) is None
 
@@ -146,7 +150,8 @@ def test_the_command_writes_one_table_and_does_nothing_twice(command, monkeypatc
     assert baselines.main(arguments) == 0 and (home / "small-delete.csv").read_bytes() == before
 
 
-@pytest.mark.parametrize("changed, said", [(["--jobs", "0"], "0 jobs"), (["--forget", "first-900"], "needs 900 facts"), (["--facts", "athlets"], "athletes")])
+@pytest.mark.parametrize("changed, said", [(["--jobs", "0"], "0 jobs"), (["--forget", "first-900"], "needs 900 facts"), (["--facts", "athlets"], "athletes"),
+                                           (["--methods", "ROME"], "no method 'ROME'.*explicit, hard; clamped")])
 def test_what_is_not_there_is_named(command, changed, said, capsys, monkeypatch):
     monkeypatch.setattr(baselines.metrics, "known", lambda model, facts: facts)
     assert baselines.main([*command[1], *changed]) == 2

@@ -200,7 +200,9 @@ def test_closed_forms_are_tuned_with_the_same_search(worded, tmp_path):
         tuned = tune(model, practice, method, space, 2, folder=tmp_path / "trials", **CHEAP)
         assert tuned.trials["error"].isna().all() and tuned.method == write.__name__ and tuned.mask == "mlp 1"
         assert tuned.best().keys() == space.keys() and tuned.trials["norm"].nunique() == 2
-    assert len(list((tmp_path / "covariances").iterdir())) == 1 and len(list((tmp_path / "trials").iterdir())) == 6
+    elsewhere = tunable_writing(rome, mask(model, ["mlp 1"]), **options, forget=practice.forget[:2]).make(model, practice, {"layer": 0.0})
+    assert elsewhere.record["layer"] == 0 and list(elsewhere.values) == [f"{model.path('down', 0)}.weight"]  # a table of trials has floats
+    assert len(list((tmp_path / "covariances").iterdir())) == 2 and len(list((tmp_path / "trials").iterdir())) == 6
 
 
 def test_text_accuracy(worded):

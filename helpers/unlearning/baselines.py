@@ -44,6 +44,7 @@ from helpers.unlearning.tuning import (
     FINETUNE,
     MEMIT,
     ROME,
+    Choice,
     Log,
     Space,
     Tunable,
@@ -91,16 +92,18 @@ def editing(model: Model, masks: Mapping[str, Mask], settings: Settings = Settin
             texts: Sequence[str] | None = None, seed: int = 0, cache: Path | str | None = None) -> dict[str, Entrant]:
     """The editing methods, by name. `masks`: "lookup", where the localized ones write, and "everything".
 
-    ROME writes into the middle one of the lookup layers, MEMIT and AlphaEdit into all of them.
+    ROME writes into one of the lookup layers, which is searched too, because under a post-norm not every MLP can write a
+    new value (`helpers.unlearning.values`). MEMIT and AlphaEdit write into all of them.
     """
     lookup, everything = masks["lookup"], masks["everything"]
+    layers = tuple(lookup.layers)
     tuned = {"learning_rate": settings.learning_rate, "forget_weight": settings.forget_weight}
     writing = lambda write: tunable_writing(write, lookup, values, texts, seed, cache=cache)
     entrants = {
         "fine-tuning, lookup": Entrant(tunable_finetune(lookup, "edit", settings, texts, seed), FINETUNE, tuned),
         "fine-tuning, everything": Entrant(tunable_finetune(everything, "edit", settings, texts, seed), FINETUNE, tuned),
         "LoRA, everything": Entrant(tunable_lora(everything, settings, texts, seed), FINETUNE, tuned),
-        "ROME": Entrant(writing(rome), ROME, {"clamp": 0.7, "ridge": 1e-3}),
+        "ROME": Entrant(writing(rome), ROME | {"layer": Choice(layers)}, {"clamp": 0.7, "ridge": 1e-3, "layer": layers[len(layers) // 2]}),
         "MEMIT": Entrant(writing(memit), MEMIT, {"clamp": 0.7, "preserve": 0.03}),
         "AlphaEdit": Entrant(writing(alphaedit), ALPHAEDIT, {"clamp": 0.7, "share": 0.05}),
     }
@@ -163,10 +166,12 @@ def search(model: Model, practice: Split, entrants: Mapping[str, Entrant], trial
 
 
 def keep(model: Model, task: str, found: Mapping[str, Tuned], folder: Path = FOLDER) -> Path:
-    """Write all trials to `<folder>/<model>-<task>.csv`, in one step."""
-    path = _file(model, task, folder)
-    table = pd.concat([tuned.trials for tuned in found.values()], ignore_index=True)
-    table = table.assign(weights=weights_hash(model)[:16])
+    """Write these trials to `<folder>/<model>-<task>.csv`, in one step; those of other methods, for the same weights, stay there."""
+    path, own = _file(model, task, folder), weights_hash(model)[:16]
+    table = pd.concat([tuned.trials for tuned in found.values()], ignore_index=True).assign(weights=own)
+    if path.is_file():
+        there = pd.read_csv(path)
+        table = pd.concat([there[(there["weights"] == own) & ~there["method"].isin(found)], table], ignore_index=True)
     provenance.write_atomic(path, lambda temporary: table.to_csv(temporary, index=False, float_format="%.6g"))
     return path
 
@@ -219,15 +224,24 @@ def _prepare(options: argparse.Namespace) -> tuple[Model, Split, dict[str, Entra
 def _search(options: argparse.Namespace, names: Sequence[str] | None = None) -> tuple[Model, dict[str, Tuned]]:
     """The search for some entrants, from the name of the model on: one process's work."""
     model, split, entrants = _prepare(options)
-    chosen = {name: entrant for name, entrant in entrants.items() if names is None or name in names}
+    names = _named_methods(options, entrants) if names is None else names
+    chosen = {name: entrants[name] for name in names}
     found = search(model, validation(split), chosen, options.trials, options.seed, options.folder / "trials", GOALS[options.task])
     return model, found
+
+
+def _named_methods(options: argparse.Namespace, entrants: Mapping[str, Entrant]) -> list[str]:
+    names = list(entrants) if options.methods is None else [name.strip() for name in options.methods.split(";")]
+    if unknown := [name for name in names if name not in entrants]:
+        raise TuningError(f"no method {unknown[0]!r} for task {options.task!r}; there are {'; '.join(entrants)}")
+    return names
 
 
 def _arguments() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m helpers.unlearning.baselines", description="As many trials for each method.")
     parser.add_argument("model", help="tiny-*, a local path or a hub id")
     parser.add_argument("--task", choices=GOALS, default="edit")
+    parser.add_argument("--methods", help="of the task, separated by semicolons; trials kept for the others stay (default: all)")
     parser.add_argument("--facts", default="athletes", help="athletes, world or a CSV file")
     parser.add_argument("--forget", default="first-64", help="the facts to edit, of which no trial is made")
     parser.add_argument("--trials", type=int, default=12, help="as many for every method")
@@ -250,7 +264,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if options.jobs < 1:
             raise TuningError(f"{options.jobs} jobs: at least one is needed")
         if options.jobs > 1:
-            names = list(_prepare(options)[2])
+            names = _named_methods(options, _prepare(options)[2])
             with ProcessPoolExecutor(options.jobs, mp_context=multiprocessing.get_context("spawn")) as pool:
                 list(pool.map(_search, [options] * options.jobs, [names[i::options.jobs] for i in range(options.jobs)]))
         model, found = _search(options)  # what the processes stored is read

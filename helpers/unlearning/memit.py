@@ -9,7 +9,7 @@ A target is found for each fact: the residual z after the highest layer, with δ
 
 the least-squares solution for all facts (keys K, one column a fact) that also keeps the outputs for λ tokens of text,
 and the residual is computed again. With one fact and one layer this is ROME's update times kᵀC⁻¹k / (λ + kᵀC⁻¹k):
-ROME itself as λ → 0.
+ROME itself as λ → 0, if no post-norm follows.
 
 As in ROME, keys and residuals are averaged over contexts everywhere; the published code takes the residual of the
 bare prompt. λ is given relative to d_mlp, the mean of kᵀC⁻¹k over text: published are 15,000 for 16,384 neurons

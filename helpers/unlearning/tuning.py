@@ -151,14 +151,16 @@ def tunable_finetune(mask: Mask, objective: str | Objective = "edit", settings: 
 
 def tunable_writing(write: Callable[..., Edit], where: int | Sequence[int] | Mask, values: Values = Values(),
                     texts: Sequence[str] | None = None, seed: int = 0, **options) -> Tunable:
-    """`rome`, `memit` or `alphaedit` (`write`) at a layer, layers or a mask; the space may name fields of `Values` and
-    keywords of the method. `options` are keywords that stay; with `cache` the covariances are computed once."""
+    """`rome`, `memit` or `alphaedit` (`write`) at a layer, layers or a mask; the space may name fields of `Values`,
+    keywords of the method, and a `layer` to write to instead. `options` are keywords that stay; with `cache` the
+    covariances are computed once."""
     named = where.name if isinstance(where, Mask) else f"down {where}"
 
     def make(model: Model, split: Split, point: dict) -> Edit:
         own = {name: value for name, value in point.items() if name in asdict(values)}
         rest = {name: value for name, value in point.items() if name not in own}
-        return write(model, split, where, replace(values, **own), texts, seed, **options | rest)
+        place = int(rest.pop("layer")) if "layer" in rest else where
+        return write(model, split, place, replace(values, **own), texts, seed, **options | rest)
 
     place = where.digest if isinstance(where, Mask) else repr(where)
     kept = {name: repr(value) for name, value in options.items() if name != "cache"}
