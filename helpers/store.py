@@ -94,6 +94,14 @@ def pack(sources: Sequence[Path | str], target: Path, notebooks: Path | None = N
     return len(table)
 
 
+def packed(*sources: Path | str, notebooks: Path | None = None) -> dict[str, bool]:
+    """Of each run whose rows are in these files (or in the .parquet files of these folders): whether it is stale. Raises StoreError."""
+    files = [file for path in map(Path, sources) for file in (sorted(path.glob("*.parquet")) if path.is_dir() else [path])]
+    if not files:
+        return {}
+    return dict(relation(*files, notebooks=notebooks).project("run, stale").distinct().fetchall())
+
+
 def _table(sources: Sequence[Path | str], notebooks: Path | None, columns: Iterable[str], where: Mapping[str, Any]) -> pa.Table:
     if unknown := sorted(set(where) - set(SCHEMA)):
         raise StoreError(f"no column {', '.join(unknown)}; there are {', '.join(SCHEMA)}")

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 from pathlib import Path
 
@@ -45,8 +46,8 @@ def notes(tmp_path):
     return tmp_path / "notes"
 
 
-def scripted(file, errors=None, redo=()):
-    made = driver.Sweep(plan.load(file, str(file.parent / "out")), Scripted(errors), Present(file.parent), redo)
+def scripted(file, errors=None, redo=(), packed=()):
+    made = driver.Sweep(plan.load(file, str(file.parent / "out")), Scripted(errors), Present(file.parent), redo, dict(packed))
     made.run()
     return made
 
@@ -87,6 +88,26 @@ def test_rows_of_older_code_stay_flagged_until_newer_ones_are_there(tmp_path):
     assert sweep(file).counts == {"done": 1}
     assert read() == [[7.0, False], [0.5, False]]
     assert len(list((tmp_path / "out" / "50_rows").iterdir())) == 1
+
+
+def test_runs_whose_rows_are_kept_elsewhere_are_not_made_again(tmp_path):
+    notebook(tmp_path, "50_rows", RESULT, FINISH)
+    sweep(sweep_file(tmp_path, entry("50_rows", grid={"seed": [0, 1]})))
+    (tmp_path / "kept").mkdir()
+    store.pack([tmp_path / "out"], tmp_path / "kept" / "two.parquet", tmp_path)
+    shutil.rmtree(tmp_path / "out")
+    file = sweep_file(tmp_path, entry("50_rows", grid={"seed": [0, 1, 2]}))
+    kept = lambda: store.packed(tmp_path / "kept", notebooks=tmp_path)
+    assert set(kept().values()) == {False} and store.packed() == {}
+    assert scripted(file, packed=kept()).counts == {"packed before": 2, "done": 1}
+    shutil.rmtree(tmp_path / "out")
+    notebook(tmp_path, "50_rows", RESULT.replace("[run.seed,", "[7,"), FINISH)  # other code
+    assert set(kept().values()) == {True}
+    assert scripted(file, packed=kept()).counts == {"stale before": 2, "done": 1}
+    shutil.rmtree(tmp_path / "out")
+    assert scripted(file, redo=("stale",), packed=kept()).counts == {"done": 3}
+    with pytest.raises(store.StoreError, match="no runs at"):
+        store.packed(tmp_path / "nowhere.parquet")
 
 
 @pytest.mark.parametrize("ending", [signal.SIGKILL, signal.SIGINT])

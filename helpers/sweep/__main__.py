@@ -9,13 +9,13 @@ from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import pandas as pd
 
-from helpers import provenance
-from helpers.store import Present
+from helpers import provenance, store
+from helpers.store import Present, StoreError
 from helpers.sweep import estimates, plan
 from helpers.sweep.cluster import IN_FLIGHT, Cluster
 from helpers.sweep.driver import Engine, Sweep, state
@@ -30,16 +30,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
     present = Present()
     try:
         tasks = plan.load(options.file, provenance.short_path(options.out))
-        table = _table(tasks, present, options)
+        packed = store.packed(*options.rows)
+        table = _table(tasks, present, packed, options)
         engine = _engine(tasks, table, options)
         if options.dry_run:
             print(table.drop(columns="todo").to_string(index=False, na_rep="", float_format="{:.3g}".format))
             print(estimates.summary(table, engine.workers))
             return 0
         print(estimates.summary(table, engine.workers), flush=True)
-        sweep = Sweep(tasks, engine, present, _redo(options))
+        sweep = Sweep(tasks, engine, present, _redo(options), packed)
         sweep.run()
-    except SweepError as error:
+    except (SweepError, StoreError) as error:
         print(error, file=sys.stderr)
         return 2
     except KeyboardInterrupt:
@@ -49,15 +50,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return int(any(kind.startswith("failed") for kind in sweep.counts))
 
 
-def _table(tasks: Sequence[Task], present: Present, options: argparse.Namespace) -> pd.DataFrame:
-    states = [state(task, present) for task in tasks]
+def _table(tasks: Sequence[Task], present: Present, packed: Mapping[str, bool], options: argparse.Namespace) -> pd.DataFrame:
+    states = [state(task, present, packed) for task in tasks]
     table = estimates.table(tasks, states, Path(options.out))
     return table.assign(todo=table["state"].isin({"new", *_redo(options)}))
 
 
 def _redo(options: argparse.Namespace) -> set[str]:
     """The states, beside `new`, that are run."""
-    asked = {"stale": not options.keep_stale, "failed": options.retry_failed, "finished": False}
+    asked = {"stale": not options.keep_stale, "failed": options.retry_failed, "finished": False, "packed": False}
     return {name for name, wanted in asked.items() if wanted or options.force}
 
 
@@ -87,6 +88,8 @@ def _arguments() -> argparse.ArgumentParser:
     parser.add_argument("--workers", type=_positive(int), help="runs side by side (default: by cores, GPUs and memory)")
     parser.add_argument("--timeout", type=_positive(float), default=240, metavar="MIN", help="minutes a run may take (default: 240)")
     parser.add_argument("--out", type=Path, default=Path("runs"), help="the store (default: runs)")
+    parser.add_argument("--rows", type=Path, nargs="+", default=[], metavar="PLACE",
+                        help="packed rows, files or folders such as data/results: runs that are in there are not made again")
     parser.add_argument("--dry-run", action="store_true", help="print what would run, for how long, and stop")
     parser.add_argument("--retry-failed", action="store_true", help="run again what failed")
     parser.add_argument("--keep-stale", action="store_true", help="leave runs that older code or other inputs made as they are")

@@ -10,10 +10,11 @@ import shutil
 import sys
 import time
 from collections import Counter
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
+from types import MappingProxyType
 from typing import Protocol
 
 from filelock import FileLock, Timeout
@@ -46,15 +47,20 @@ class Engine(Protocol):
     def __exit__(self, *error: object) -> None: ...
 
 
-def state(task: Task, present: Present) -> str:
-    """What the store holds of a run: `finished`, `stale` (by other code or inputs), `failed` (by this code) or `new`."""
+def state(task: Task, present: Present, packed: Mapping[str, bool] = MappingProxyType({})) -> str:
+    """What the store holds of a run: `finished`, `stale` (by other code or inputs), `failed` (by this code) or `new`.
+
+    `packed`: runs whose rows are kept elsewhere (`store.packed`); what the store has none of may be `packed`, or `stale` there.
+    """
     code = present.code(task.notebook.stem, task.notebook.parent)
     if runs.is_current(task.folder, code, present.digest):
         return "finished"
     if store.note(task.folder / "done.json"):
         return "stale"
     failed = store.note(task.folder / "failed.json")
-    return "failed" if failed and failed["code"] == code else "new"
+    if failed and failed["code"] == code:
+        return "failed"
+    return {False: "packed", True: "stale"}.get(packed.get(task.run), "new")
 
 
 @dataclass
@@ -68,6 +74,7 @@ class Sweep:
     engine: Engine
     present: Present
     redo: Collection[str] = ("stale",)
+    packed: Mapping[str, bool] = field(default_factory=dict)
     counts: Counter[str] = field(default_factory=Counter)
     failures: list[tuple[Task, str]] = field(default_factory=list)
 
@@ -101,7 +108,7 @@ class Sweep:
             return self._settle(task, "failed", f"{type(error).__name__}: {error}")
         self._locks[task] = lock
         # looked at only now: another sweep may have run it since
-        found = state(task, self.present)
+        found = state(task, self.present, self.packed)
         if found != "new" and found not in self.redo:
             return self._settle(task, f"{found} before")
         try:
