@@ -30,7 +30,7 @@ from jupyter_client.manager import AsyncKernelManager
 from jupyter_core.paths import jupyter_runtime_dir
 from nbconvert import HTMLExporter
 
-from helpers import conventions, parameters, provenance, runs
+from helpers import conventions, parameters, pictures, provenance, runs
 from helpers.parameters import ParameterError
 
 # a Unix socket's path holds about 104 characters, and Jupyter appends some 50 to its folder
@@ -101,7 +101,7 @@ def select(names: Sequence[str], folder: Path) -> list[Path]:
 def run(notebooks: Sequence[Path], given: Mapping[str, Any], out: Path, *, write_back: bool = False) -> list[Outcome]:
     """Execute notebooks with the parameters `given`; executed copies, HTML and the index go to `out`.
 
-    With `write_back`, a notebook that ran to its end gets the new outputs, free of volatile metadata.
+    With `write_back`, a notebook that ran to its end gets the new outputs, free of volatile metadata, with small pictures.
     Raises ParameterError, with nothing written, when any notebook refuses a parameter.
     """
     checked = {}
@@ -118,7 +118,9 @@ def run(notebooks: Sequence[Path], given: Mapping[str, Any], out: Path, *, write
         print(_verdict(outcomes[-1]), flush=True)
         if write_back and not outcomes[-1].error:
             executed = nbformat.read(out / path.name, as_version=4)
-            provenance.write_text(path, nbformat.writes(strip(executed)) + "\n")
+            provenance.write_text(path, nbformat.writes(pictures.shrink_outputs(strip(executed))) + "\n")
+            if "figures" in given:
+                pictures.shrink_files((provenance.project_root() / given["figures"]).glob(f"{path.stem}_*.png"))
         # after each notebook, so that an interrupted run leaves an index as well
         provenance.write_text(out / "index.html", PAGE.format(rows="\n".join(map(_index_row, outcomes))))
     return outcomes

@@ -1,19 +1,24 @@
 """The notebook runner on small notebooks, executed for real."""
 
+import base64
+import io
 import os
 import subprocess
 import sys
 from pathlib import Path
 
+import matplotlib.pyplot as plt
 import nbformat
+import numpy as np
 import pandas as pd
 import papermill
 import psutil
 import pytest
 from jupyter_client.kernelspec import KernelSpecManager
 from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook, new_output
+from PIL import Image
 
-from helpers import conventions, notebooks, provenance
+from helpers import conventions, notebooks, pictures, provenance
 
 PARAMETERS = """model: str = "tiny-llama3"  # a tiny name, a local path or a hub id
 seed: int = 0  # of every random choice
@@ -144,8 +149,20 @@ def test_write_back_keeps_outputs_and_strips_what_is_volatile(tmp_path):
     assert code[0].source == PARAMETERS
     assert code[3].outputs[0].data["text/plain"] == "2"
     assert code[3].outputs[0].execution_count == 4
-    assert "image/png" in code[2].outputs[0].data
-    assert (tmp_path / "figures" / "01_good_line.png").exists()
+    shown = base64.b64decode(code[2].outputs[0].data["image/png"])
+    assert shown == (tmp_path / "figures" / "01_good_line.png").read_bytes() and Image.open(io.BytesIO(shown)).mode == "P"
+
+
+def test_a_shrunk_picture_is_the_same_to_the_eye():
+    fig, ax = plt.subplots()
+    ax.imshow(np.linspace(0, 1, 400).reshape(20, 20), cmap="viridis")
+    buffer = io.BytesIO()
+    fig.savefig(buffer, format="png")
+    plt.close(fig)
+    small = pictures.shrink(buffer.getvalue())
+    assert len(small) < len(buffer.getvalue()) and pictures.shrink(small) == small
+    old, new = (np.asarray(Image.open(io.BytesIO(png)).convert("RGB")).astype(int) for png in (buffer.getvalue(), small))
+    assert old.shape == new.shape and np.abs(old - new).max() < 64 and np.abs(old - new).mean() < 1
 
 
 def test_write_back_takes_no_parameters(tmp_path, capsys):
