@@ -16,6 +16,7 @@ PACKAGES = (
     "torch transformers nnsight transformer_lens tokenizers safetensors datasets numpy pandas scipy "
     "scikit-learn matplotlib pydantic papermill"
 ).split()
+READERS = ("plots", "claims.py", "progress.py")  # of `helpers`: what draws, judges or announces rows, and makes none
 MAGICS = ("%", "!")  # lines of a cell that are IPython's and not Python's
 
 
@@ -50,6 +51,7 @@ def content_hash(path: Path | str) -> str:
 def code_hash(notebook: str, folder: Path | None = None) -> str:
     """sha256 of all that computes a notebook's rows: its code cells and the modules of `helpers` they import, through one another.
 
+    READERS do not count: rows stay what they are when a figure is drawn in another way.
     The notebook is looked for in `folder` (default: the working directory, which a kernel shares with its notebook), then
     in `notebooks/`. Where it is in neither, every module counts.
     """
@@ -60,7 +62,7 @@ def code_hash(notebook: str, folder: Path | None = None) -> str:
         # outputs are left out: executing a notebook does not change its code
         cells = json.loads(path.read_text(encoding="utf-8"))["cells"]
         code = ["".join(cell["source"]) for cell in cells if cell["cell_type"] == "code"]
-        files = modules(code)
+        files = [file for file in modules(code) if file.relative_to(package).parts[0] not in READERS]
     else:
         code, files = [], sorted(package.rglob("*.py"))
     return text_hash("\n".join([*(f"{file.relative_to(package).as_posix()}\0{content_hash(file)}" for file in files), *code]))

@@ -57,9 +57,10 @@ def test_no_helper_is_imported_in_a_way_that_reading_cannot_follow():
         assert not by_name or file.name == "warm.py", file
 
 
-@pytest.mark.parametrize(("module", "matters"), [("facts.py", True), ("splits.py", True), ("runs.py", True), ("pretrain.py", False)])
+@pytest.mark.parametrize(("module", "matters"), [("facts.py", True), ("splits.py", True), ("runs.py", True), ("pretrain.py", False),
+                                                 ("plots/style.py", False), ("claims.py", False)])
 def test_code_hash_changes_with_the_modules_it_imports_only(tmp_path, monkeypatch, module, matters):
-    notebook(tmp_path, "50_facts", "from helpers.facts import load", FINISH)
+    notebook(tmp_path, "50_facts", "from helpers import claims, plots\nfrom helpers.facts import load", FINISH)
     before, real = provenance.code_hash("50_facts", tmp_path), provenance.content_hash
     monkeypatch.setattr(provenance, "content_hash", lambda path: "changed" if path == PACKAGE / module else real(path))
     assert (provenance.code_hash("50_facts", tmp_path) != before) == matters
