@@ -7,6 +7,7 @@ import pandas as pd
 import pytest
 
 from helpers import plots
+from helpers.plots import style
 
 TABLE = pd.DataFrame([{"mask": mask, "measure": measure, "format": measure, "value": value, "low": value - 0.1, "high": value + 0.1, "collapsed": mask == "b"}
                       for mask, values in {"a": (0.2, 0.5, 0.8), "b": (0.9, 0.1, 0.4)}.items() for measure, value in zip("xyz", values)])
@@ -25,6 +26,16 @@ def test_a_spider_closes_its_lines_and_breaks_that_of_a_collapsed_edit():
     assert np.diff(spans).ravel() == pytest.approx([0.2, 0.2, 0.2, 0.2, 0.2, 0.2]) and np.max(spans) <= 1
     with pytest.raises(ValueError, match="three measures or more, not x, y"):
         plots.spider(TABLE[TABLE["measure"] != "z"])
+
+
+def test_a_place_has_the_same_colour_in_every_figure():
+    colour = lambda figure: {line.get_label().removesuffix(" (collapsed)"): line.get_color() for line in figure.axes[0].lines}
+    two = TABLE.replace({"mask": {"a": "everything", "b": "lookup"}})
+    three = pd.concat([TABLE[TABLE["mask"] == "a"].assign(mask="attribution"), two[two["mask"] == "lookup"], TABLE[TABLE["mask"] == "a"]])
+    first, second = colour(plots.spider(two)), colour(plots.estimates(three))
+    assert first["lookup"] == second["lookup"] and len({*first.values(), *second.values()}) == 4
+    many = style.colours([*style.PLACES, *map(str, range(12))])
+    assert len({many[place] for place in style.PLACES}) == len(style.PLACES)
 
 
 def test_estimates_put_dots_at_values_and_leave_those_of_a_collapsed_edit_open():

@@ -13,7 +13,7 @@ import numpy as np
 import pandas as pd
 from matplotlib.figure import Figure
 
-from helpers.plots.style import PALETTE, STYLE, canvas
+from helpers.plots.style import STYLE, canvas, colours
 
 WIDEST = 17  # inches
 MUTED = ({"linestyle": "--", "color": "0.25"}, {"linestyle": ":", "color": "0.25"}, {"linestyle": "-.", "color": "0.55"})
@@ -28,7 +28,7 @@ def line_panels(table: pd.DataFrame, x: str, hue: str, column: str, row: str | N
     if table.empty:
         return _nothing(title)
     columns, rows = (list(dict.fromkeys(table[name])) if name else [""] for name in (column, row))
-    colours = [h for h in dict.fromkeys(table[hue]) if h not in muted]
+    coloured = colours(h for h in table[hue] if h not in muted)
     width = min(3.3, WIDEST / len(columns))
     numeric = pd.api.types.is_numeric_dtype(table[x])
     figure, axes = canvas(len(columns), len(rows), width=width, height=2.5, squeeze=False, sharey=True, sharex=numeric)
@@ -37,7 +37,7 @@ def line_panels(table: pd.DataFrame, x: str, hue: str, column: str, row: str | N
         ticks = list(dict.fromkeys(part[x]))
         for name, line in part.groupby(hue, sort=False):
             where = line[x].astype(float) if numeric else line[x].map(ticks.index)
-            style = MUTED[muted.index(name) % len(MUTED)] if name in muted else {"color": PALETTE[colours.index(name) % len(PALETTE)]}
+            style = MUTED[muted.index(name) % len(MUTED)] if name in muted else {"color": coloured[str(name)]}
             _line(ax, where.to_numpy(), line, name, style, band=name not in muted)
         _levels(ax, chance, labelled=(i, j) == (0, 0))
         if not numeric:
@@ -63,12 +63,12 @@ def access_bars(table: pd.DataFrame, hue: str = "mask", chance: float | None = N
         return _nothing(title)
     levels, names = (list(dict.fromkeys(table[name])) for name in ("access", hue))
     figure, ax = canvas(width=max(6.5, 1.6 * len(levels)), height=3.4)
-    thickness = 0.8 / len(names)
+    thickness, coloured = 0.8 / len(names), colours(names)
     for i, name in enumerate(names):
         rows = table[table[hue] == name].set_index("access").reindex(levels)
         where = np.arange(len(levels)) + (i - (len(names) - 1) / 2) * thickness
         errors = [(rows["recovered"] - rows["low"]).clip(lower=0), (rows["high"] - rows["recovered"]).clip(lower=0)]
-        ax.bar(where, rows["recovered"], width=0.92 * thickness, color=PALETTE[i % len(PALETTE)], label=str(name), alpha=0.85,
+        ax.bar(where, rows["recovered"], width=0.92 * thickness, color=coloured[str(name)], label=str(name), alpha=0.85,
                yerr=errors, error_kw={"elinewidth": 1, "ecolor": "0.25"})
         ax.hlines(rows["untouched"], where - 0.46 * thickness, where + 0.46 * thickness, color="black", linewidth=1.8,
                   label="left alone" if i == len(names) - 1 else None)

@@ -8,7 +8,7 @@ import numpy as np
 import pandas as pd
 from matplotlib.figure import Figure
 
-from helpers.plots.style import PALETTE, STYLE, canvas
+from helpers.plots.style import STYLE, canvas, colours
 
 
 def bar_panels(table: pd.DataFrame, x: str, hue: str, row: str, ylabel: str = "", title: str = "") -> Figure:
@@ -19,14 +19,14 @@ def bar_panels(table: pd.DataFrame, x: str, hue: str, row: str, ylabel: str = ""
     groups, hues, rows = (list(dict.fromkeys(table[name])) for name in (x, hue, row))
     width = max(6.5, 1 + len(groups) * max(0.9, 0.13 * len(hues)))
     figure, axes = canvas(1, len(rows), width=width, height=2.3, squeeze=False, sharex=True)
-    thickness = 0.84 / len(hues)
+    thickness, coloured = 0.84 / len(hues), colours(hues)
     for ax, panel in zip(axes[:, 0], rows):
         part = table[table[row] == panel]
         for i, name in enumerate(hues):
             bars = part[part[hue] == name].set_index(x).reindex(groups)
             where = np.arange(len(groups)) + (i - (len(hues) - 1) / 2) * thickness
             errors = [(bars["value"] - bars["low"]).clip(lower=0), (bars["high"] - bars["value"]).clip(lower=0)]
-            ax.bar(where, bars["value"], width=0.92 * thickness, color=PALETTE[i % len(PALETTE)], alpha=0.85, label=str(name), yerr=errors,
+            ax.bar(where, bars["value"], width=0.92 * thickness, color=coloured[str(name)], alpha=0.85, label=str(name), yerr=errors,
                    error_kw={"elinewidth": 0.9, "ecolor": "0.25"})
         if "chance" in part:
             levels = part.groupby(x)["chance"].first().reindex(groups)

@@ -10,7 +10,7 @@ import numpy as np
 import pandas as pd
 from matplotlib.figure import Figure
 
-from helpers.plots.style import PALETTE, canvas
+from helpers.plots.style import canvas, colours
 
 OUTSIDE = {"loc": "upper left", "bbox_to_anchor": (1.01, 1), "fontsize": 8}
 
@@ -25,15 +25,15 @@ def spider(table: pd.DataFrame, hue: str = "mask", title: str = "") -> Figure:
         raise ValueError(f"a spider plot needs three measures or more, not {', '.join(measures) or 'none'}")
     angles = np.linspace(0, 2 * np.pi, len(measures), endpoint=False)
     figure, ax = canvas(width=6.6, height=4.6, subplot_kw={"projection": "polar"})
-    groups = list(table.groupby(hue, sort=False))
+    groups, coloured = list(table.groupby(hue, sort=False)), colours(table[hue])
     for i, (name, rows) in enumerate(groups):
         rows = rows.set_index("measure").reindex(measures)
         shift = 0.02 * (i - (len(groups) - 1) / 2)  # so that intervals on one axis do not hide each other
-        values, collapsed = rows["value"].clip(0, 1).to_numpy(), _collapsed(rows)
-        ax.plot(np.append(angles, angles[0]), np.append(values, values[0]), color=_colour(i), linewidth=1.5, linestyle="--" if collapsed else "-",
+        values, collapsed, colour = rows["value"].clip(0, 1).to_numpy(), _collapsed(rows), coloured[str(name)]
+        ax.plot(np.append(angles, angles[0]), np.append(values, values[0]), color=colour, linewidth=1.5, linestyle="--" if collapsed else "-",
                 label=_label(name, collapsed))
         if "low" in rows:
-            ax.vlines(angles + shift, rows["low"].clip(0, 1), rows["high"].clip(0, 1), color=_colour(i), linewidth=2, alpha=0.75)
+            ax.vlines(angles + shift, rows["low"].clip(0, 1), rows["high"].clip(0, 1), color=colour, linewidth=2, alpha=0.75)
     ax.set_theta_offset(np.pi / 2)
     ax.set_theta_direction(-1)
     ax.set_xticks(angles, measures, fontsize=9)
@@ -49,14 +49,14 @@ def spider(table: pd.DataFrame, hue: str = "mask", title: str = "") -> Figure:
 
 def estimates(table: pd.DataFrame, row: str = "format", hue: str = "mask", xlabel: str = "", title: str = "", before: pd.Series | None = None) -> Figure:
     """Dots with intervals, one line a `row`, one colour a `hue`. `before` (by row): the unedited model, as a grey bar."""
-    rows, groups = list(dict.fromkeys(table[row])), list(table.groupby(hue, sort=False))
+    rows, groups, coloured = list(dict.fromkeys(table[row])), list(table.groupby(hue, sort=False)), colours(table[hue])
     figure, ax = canvas(width=6.8, height=0.8 + len(rows) * max(0.32, 0.13 * len(groups)))
     for i, (name, part) in enumerate(groups):
-        part = part.set_index(row).reindex(rows)
+        part, colour = part.set_index(row).reindex(rows), coloured[str(name)]
         where, collapsed = np.arange(len(rows)) + 0.7 * ((i + 0.5) / len(groups) - 0.5), _collapsed(part)
         if "low" in part:
-            ax.hlines(where, part["low"], part["high"], color=_colour(i), linewidth=1.6, alpha=0.7)
-        ax.plot(part["value"], where, "o", markersize=5, color=_colour(i), markerfacecolor="white" if collapsed else _colour(i), label=_label(name, collapsed))
+            ax.hlines(where, part["low"], part["high"], color=colour, linewidth=1.6, alpha=0.7)
+        ax.plot(part["value"], where, "o", markersize=5, color=colour, markerfacecolor="white" if collapsed else colour, label=_label(name, collapsed))
     if before is not None:
         ax.vlines(before.reindex(rows), np.arange(len(rows)) - 0.42, np.arange(len(rows)) + 0.42, color="0.55", linewidth=2, label="before")
     ax.set_yticks(range(len(rows)), rows)
@@ -75,10 +75,10 @@ def tradeoff(table: pd.DataFrame, x: str, y: str, hue: str = "mask", labels: tup
     """
     table = _side_by_side(table, x, y, hue) if "measure" in table else table
     figure, ax = canvas(width=5.4, height=4.2)
-    edited = [name for name in dict.fromkeys(table[hue]) if name != before]
+    coloured = colours(name for name in table[hue] if name != before)
     for name, rows in table.groupby(hue, sort=False):
         rows = rows.sort_values(order) if order else rows
-        colour = (0.45, 0.45, 0.45) if name == before else _colour(edited.index(name))
+        colour = (0.45, 0.45, 0.45) if name == before else coloured[str(name)]
         collapsed = rows["collapsed"].to_numpy(bool) if "collapsed" in rows else np.zeros(len(rows), bool)
         if order:
             ax.plot(rows[x], rows[y], color=colour, linewidth=1.2, alpha=0.6)
@@ -104,10 +104,6 @@ def _side_by_side(table: pd.DataFrame, x: str, y: str, hue: str) -> pd.DataFrame
     of = lambda measure: table[table["measure"] == measure].drop(columns="measure")
     one = of(x)[[hue, "value", "low", "high"]].rename(columns={"value": x, "low": "x_low", "high": "x_high"})
     return of(y).rename(columns={"value": y}).merge(one, on=hue)
-
-
-def _colour(i: int):
-    return PALETTE[i % len(PALETTE)]
 
 
 def _collapsed(rows: pd.DataFrame) -> bool:

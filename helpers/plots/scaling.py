@@ -9,8 +9,7 @@ import pandas as pd
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter, NullLocator
 
-from helpers.plots.ladder import COLOURS
-from helpers.plots.style import STYLE, canvas
+from helpers.plots.style import STYLE, canvas, colours
 
 
 def cost_lines(table: pd.DataFrame, hue: str = "mask", column: str = "measure", row: str | None = None,
@@ -21,7 +20,7 @@ def cost_lines(table: pd.DataFrame, hue: str = "mask", column: str = "measure", 
     panel of `column`: a dotted guide from the mean of the first points on, which grows as this power of n.
     """
     columns, rows = (list(dict.fromkeys(table[name])) if name else [""] for name in (column, row))
-    hues, sizes = list(dict.fromkeys(table[hue])), np.sort(table["n"].unique())
+    coloured, sizes = colours(table[hue]), np.sort(table["n"].unique())
     figure, axes = canvas(len(columns), len(rows), width=3.3, height=2.7, squeeze=False, sharex=True, sharey="col")
     for (i, j), ax in np.ndenumerate(axes):
         part = table[(table[column] == columns[j]) & (True if row is None else table[row] == rows[i])]
@@ -29,7 +28,7 @@ def cost_lines(table: pd.DataFrame, hue: str = "mask", column: str = "measure", 
         if row is not None and j == len(columns) - 1:
             ax.annotate(str(rows[i]), (1.02, 0.5), xycoords="axes fraction", rotation=-90, ha="left", va="center", fontsize=9)
         for name, line in part.groupby(hue, sort=False):
-            line, colour = line.sort_values("n"), COLOURS[hues.index(name) % len(COLOURS)]
+            line, colour = line.sort_values("n"), coloured[str(name)]
             lost = line["collapsed"].to_numpy(bool) if "collapsed" in line else np.zeros(len(line), bool)
             ax.plot(line["n"], line["value"], color=colour, linewidth=1.5, label=str(name))
             ax.scatter(line["n"], line["value"], s=22, edgecolors=[colour], facecolors=["white" if c else colour for c in lost], zorder=3)

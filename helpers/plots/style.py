@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
+import itertools
+from collections.abc import Iterable
+
 import matplotlib as mpl
 import seaborn as sns
 from matplotlib.figure import Figure
 
 PALETTE = sns.color_palette("colorblind")
+# places where weights are trained keep their colour in every figure (names of localization.choices)
+PLACES = {"lookup": 0, "causal tracing": 1, "everything": 2, "attribution": 3, "causal tracing MLPs": 8, "attribution MLPs": 4, "all MLPs": 9,
+          "random": 7, "random MLPs": 5}
 DIVERGING = "PuOr"
 SEQUENTIAL = "Blues"
 STYLE = {
@@ -14,6 +20,14 @@ STYLE = {
     "axes.spines.top": False, "axes.spines.right": False, "axes.grid": True, "grid.alpha": 0.25, "grid.linewidth": 0.6,
     "legend.frameon": False, "lines.linewidth": 1.8, "axes.prop_cycle": mpl.cycler(color=PALETTE),
 }
+
+
+def colours(names: Iterable[str]) -> dict[str, tuple[float, float, float]]:
+    """A colour for each name, in order: its own for a name in PLACES, for the others those of the palette that are left, over and over."""
+    names = list(dict.fromkeys(map(str, names)))
+    taken = {PLACES[name] for name in names if name in PLACES}
+    free = itertools.cycle([i for i in range(len(PALETTE)) if i not in taken] or range(len(PALETTE)))
+    return {name: PALETTE[PLACES[name] if name in PLACES else next(free)] for name in names}
 
 
 def canvas(n_cols: int = 1, n_rows: int = 1, width: float = 4.6, height: float = 3.2, **options):
