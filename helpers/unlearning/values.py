@@ -13,9 +13,9 @@ that fit one model); the essence term is read at the end of its prompt, as the p
 the subject; contexts (what stands before the prompt) are the openings of given texts, where the code generates them.
 
 δ sits on the output of `down`. Under a post-norm (Gemma2) it passes that norm on its way to the residual, in the
-optimisation as in the edited model, and the norm bounds what one layer can write: in `tiny-gemma2` to a third of the
-residual, where a new value takes one and a half times its length. So MEMIT and AlphaEdit, which share a value among
-layers, put δ `behind` the norm, on the residual itself (MEMIT's own definition; without a post-norm the same). Biases stay as they are. Parallel blocks (GPT-NeoX) need nothing special: their MLP
+optimisation as in the edited model, and the norm bounds what one layer can write. So MEMIT and AlphaEdit, which share
+a value among layers, put δ `behind` the norm, on the residual itself (MEMIT's own definition; without a post-norm the
+same). Biases stay as they are. Parallel blocks (GPT-NeoX) need nothing special: their MLP
 adds its output to the residual, too.
 """
 
