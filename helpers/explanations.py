@@ -37,7 +37,6 @@ One measure decides, the first of MEASURES; the others are shown beside it. Edit
 
 from __future__ import annotations
 
-import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -97,7 +96,7 @@ def layer_scores(model: str, lookup: Lookup) -> pd.DataFrame:
 
 
 def wrecked(rows: pd.DataFrame) -> pd.Series:
-    """Why, by `model` and `localization`, of the windows whose edits wreck the model: `evaluation.collapse` of the means over facts
+    """Why, by `model` and `localization`, of the places whose edits wreck the model: `evaluation.collapse` of the means over facts
     and seeds, against the unedited model (localization none), where it has rows."""
     measures = {"retain top1": "retain", "mcq_retain top1": "mcq_retain", "text_loss": "text_loss"}
     asked = rows[(rows["attack"] == "none") & rows["measure"].isin(measures)].replace({"measure": measures})
@@ -105,7 +104,7 @@ def wrecked(rows: pd.DataFrame) -> pd.Series:
     reasons = {}
     for (model, window), row in means.iterrows():
         base = means.loc[(model, "none")] if (model, "none") in means.index else {}
-        if re.fullmatch(WINDOW_NAME, window) and (broken := evaluation.collapse(row, base)):
+        if window != "none" and (broken := evaluation.collapse(row, base)):
             reasons[model, window] = "; ".join(broken)
     return pd.Series(reasons, index=pd.MultiIndex.from_tuples(reasons, names=WINDOW) if reasons else None, dtype=object)
 
@@ -131,10 +130,11 @@ def by_measure(rows: pd.DataFrame, scores: pd.DataFrame, measures: Sequence[Meas
     Windows that wreck their model are left out, and so is a model with too few others. `attrs["left_out"]` says what was left out
     and why, measures that cannot be regressed among it; the table may be empty.
     """
+    rows = rows[rows["localization"].str.fullmatch(rf"none|{WINDOW_NAME}")]
     lost, tables = wrecked(rows), []
     left_out = {f"{model}, {window}": f"wrecks the model: {reason}" for (model, window), reason in lost.items()}
     keys = pd.MultiIndex.from_frame(rows[WINDOW])
-    kept = rows[~keys.isin(list(lost.index)) & rows["localization"].str.fullmatch(WINDOW_NAME)]
+    kept = rows[~keys.isin(list(lost.index)) & (rows["localization"] != "none")]
     count = kept.groupby("model")["localization"].nunique().reindex(rows["model"].unique(), fill_value=0)
     few = count[count < FEWEST_WINDOWS]
     left_out |= {model: f"{n} windows that leave it whole; needed are {FEWEST_WINDOWS}" for model, n in few.items()}

@@ -3,7 +3,8 @@
     masks = parts(model, (1, 2))                              # gate, up and down of these MLPs, pairs, and all three
     rows = compare(model, split, masks, settings, seeds=(0, 1, 2), facts="athletes first-64")
 
-Settings and steps are the same for every place, so that only the place differs.
+Every place may have a learning rate of its own, found by as many trials as those of the others (`helpers.tuned`): the best rate
+depends on where the weights lie, so that one for all would favour the place that it was found for.
 """
 
 from __future__ import annotations
@@ -34,10 +35,11 @@ def parts(model: Model, layers: Sequence[int]) -> dict[str, Mask]:
     return {name: mask(model, [f"{kind} {layer}" for layer in layers for kind in group], name) for name, group in groups.items()}
 
 
-def compare(model: Model, split: Split, masks: Mapping[str, Mask], settings: Settings, seeds: Sequence[int] = (0, 1, 2), *, facts: str,
-            rate: float = 2e-3, steps: int = 20, relearning: Settings = PUBLISHED, texts: Sequence[str] | None = None,
+def compare(model: Model, split: Split, masks: Mapping[str, Mask], settings: Mapping[str, Settings], seeds: Sequence[int] = (0, 1, 2), *,
+            facts: str, rate: float = 2e-3, steps: int = 20, relearning: Settings = PUBLISHED, texts: Sequence[str] | None = None,
             reading: Mapping = {}) -> pd.DataFrame:
-    """Long results (`helpers.results`) of one edit a mask and seed by `finetune`, and of the unedited model (localization `none`).
+    """Long results (`helpers.results`) of one edit a mask and seed by `finetune` with the mask's settings, and of the unedited model
+    (localization `none`).
 
     Each edit is measured (`reading` goes to `evaluation.evaluate`) and attacked by LoRA on half of the
     facts at `rate` for `steps` steps, otherwise as `relearning` says. With the defaults that is the attack which claims call
@@ -49,7 +51,7 @@ def compare(model: Model, split: Split, masks: Mapping[str, Mask], settings: Set
     for name, places in masks.items():
         place = {"localization": name, "layers": names.layers(name), "method": "finetune", **where}
         for seed in seeds:
-            edit = finetune(model, split, places, "edit", settings, texts, seed)
+            edit = finetune(model, split, places, "edit", settings[name], texts, seed)
             with edit.applied(model):
                 tables.append(results.of_evaluation(measured(), seed=seed, **place))
             relearned = attacks.relearn(model, edit, split, rates=(rate,), steps=(steps,), settings=relearning, texts=texts,

@@ -107,7 +107,7 @@ def test_what_is_trained(monkeypatch):
     assert [given["objective"].terms for _, given in seen] == [("retain", "text"), ("forget", "retain", "text"), ("text",)]
     assert {share for share, _ in seen} == {1.0} and {given["objective"].name for _, given in seen} == {"relearn"}
     assert Lora(cases.known()).rank == cases.known().d_model // 6
-    assert relearning.PUBLISHED == Settings(learning_rate=2e-4, steps=20, batch=32, clip=None, text_tokens=128)
+    assert relearning.PUBLISHED == Settings(learning_rate=2e-4, steps=20, batch=32, clip=None, text_tokens=64)
 
 
 def test_invented_names_are_a_control():

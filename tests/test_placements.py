@@ -36,7 +36,7 @@ def compared():
     model, split = cases.known(), cases.a_split()
     masks = {"MLP 1-2": mask(model, ["mlp 1", "mlp 2"]), "down": mask(model, ["down 1"])}
     before = small.weights(model)
-    rows = placements.compare(model, split, masks, SETTINGS, (3, 4), facts="athletes first-16", rate=1e-2, steps=2, relearning=SETTINGS,
+    rows = placements.compare(model, split, masks, dict.fromkeys(masks, SETTINGS), (3, 4), facts="athletes first-16", rate=1e-2, steps=2, relearning=SETTINGS,
                               texts=cases.texts(), reading={"n_retain": 10})
     assert small.same(model, before)
     return masks, rows

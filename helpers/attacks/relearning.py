@@ -6,7 +6,7 @@ and two controls: the same attack on invented names, and training on unrelated t
 
 As published (spec section 6.1): LoRA on every matrix, α 32, dropout .05, learning rate 2e-4, cosine over 20 steps without
 clipping, retain and text terms with weight 1, rank 512 there and d_model / 6, which is the same, here. A step draws 32
-examples of each term (there 16 texts).
+examples of each term; texts are half as long as there and twice as many, which makes as many tokens of text.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ from helpers.unlearning.lora import finetune_lora
 from helpers.unlearning.objectives import Relearn
 from helpers.unlearning.training import Settings
 
-PUBLISHED = Settings(learning_rate=2e-4, steps=20, batch=32, clip=None, text_tokens=128)
+PUBLISHED = Settings(learning_rate=2e-4, steps=20, batch=32, clip=None, text_tokens=64)
 HOW = ("lora", "full")
 DOSE = ["attack", "control", "group", "format", "shown", "rate", "step", "steps"]
 
