@@ -44,9 +44,8 @@ import numpy as np
 import pandas as pd
 import statsmodels.api as sm
 
-from helpers import stats
+from helpers import results, stats
 from helpers.localization.fact_lookup import Lookup
-from helpers.unlearning import evaluation
 
 LOOKUP, DEPTH, DIFFERENCE = "lookup", "depth", "lookup - depth"
 RIVALS = ("ignored", "straight", "curved")
@@ -96,17 +95,9 @@ def layer_scores(model: str, lookup: Lookup) -> pd.DataFrame:
 
 
 def wrecked(rows: pd.DataFrame) -> pd.Series:
-    """Why, by `model` and `localization`, of the places whose edits wreck the model: `evaluation.collapse` of the means over facts
-    and seeds, against the unedited model (localization none), where it has rows."""
-    measures = {"retain top1": "retain", "mcq_retain top1": "mcq_retain", "text_loss": "text_loss"}
-    asked = rows[(rows["attack"] == "none") & rows["measure"].isin(measures)].replace({"measure": measures})
-    means = asked.groupby([*WINDOW, "measure"])["value"].mean().unstack()
-    reasons = {}
-    for (model, window), row in means.iterrows():
-        base = means.loc[(model, "none")] if (model, "none") in means.index else {}
-        if window != "none" and (broken := evaluation.collapse(row, base)):
-            reasons[model, window] = "; ".join(broken)
-    return pd.Series(reasons, index=pd.MultiIndex.from_tuples(reasons, names=WINDOW) if reasons else None, dtype=object)
+    """Why, by `model` and `localization`, of the places whose edits wreck the model (`results.costs`)."""
+    reasons = results.costs(rows, WINDOW)["collapse"]
+    return reasons[reasons != ""]
 
 
 def curves(rows: pd.DataFrame, measures: Sequence[Measure] = MEASURES) -> pd.DataFrame:

@@ -10,7 +10,7 @@ settings is called by name and setting, "relearn lora: 4 facts, lr 0.001, step 2
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import pandas as pd
 
@@ -19,7 +19,7 @@ from helpers.attacks.depth import depth_score
 from helpers.attacks.headline import LEVELS, worst_case
 from helpers.attacks.rows import AttackError
 from helpers.splits import Split
-from helpers.unlearning.evaluation import READINGS, measure_names
+from helpers.unlearning.evaluation import READINGS, collapse, measure_names
 
 COLUMNS = ["facts", "n", "seed", "localization", "layers", "method", "attack", "setting", "fact", "measure", "value"]
 # the setting that claims mean, as the attack names it without the format it was read in
@@ -53,6 +53,33 @@ def estimates(long: pd.DataFrame, summary: pd.DataFrame) -> pd.DataFrame:
     collapsed = summary.groupby("mask")["collapsed"].any()
     table = stats.summary(long, by=["localization", "measure"]).rename(columns={"localization": "mask"})
     return table.assign(collapsed=table["mask"].map(collapsed).eq(True))
+
+
+def costs(long: pd.DataFrame, by: Sequence[str] = ("localization",)) -> pd.DataFrame:
+    """What edits do without any attack: top-1 means of every measure by `by`, called as `evaluation.summarize` calls them, and `text_loss`.
+
+    `collapse` says why the means count as a wrecked model (`evaluation.collapse`), against the unedited model (localization none)
+    of the same `model`, where the rows name models; empty if they do not, or there is none.
+    """
+    asked = long[(long["attack"] == "none") & (long["measure"].str.endswith(" top1") | (long["measure"] == "text_loss"))]
+    asked = asked.assign(measure=asked["measure"].str.removesuffix(" top1"), model=asked["model"] if "model" in asked else "")
+    mean = lambda rows, keys: rows.groupby([*keys, "measure"], sort=False)["value"].mean().unstack()
+    keys = list(dict.fromkeys([*by, "model", "localization"]))
+    means, base = mean(asked, keys), mean(asked[asked["localization"] == "none"], ["model"])
+    before = dict(base.iterrows())
+    edited = [(row, before.get(row["model"], {})) for _, row in means.reset_index().iterrows()]
+    lost = ["; ".join(collapse(row, unedited)) if row["localization"] != "none" and len(unedited) else "" for row, unedited in edited]
+    return means.assign(collapse=lost).droplevel([name for name in keys if name not in by])
+
+
+def pooled(long: pd.DataFrame, stored: pd.DataFrame) -> pd.DataFrame:
+    """Long results with a column `model`, and those stored ones of the same models, facts, methods and masks; one row a value."""
+    same = ["model", "facts", "method", "localization"]
+    kept = stored.merge(long[same].drop_duplicates()) if len(stored) else stored
+    key = [*same, "seed", "attack", "fact", "measure"]
+    # every run measures the unedited model, under its own seed
+    base = kept["localization"] == "none"
+    return pd.concat([kept[~base], long], ignore_index=True).drop_duplicates(key, keep="last", ignore_index=True)
 
 
 def by_format(estimated: pd.DataFrame, answer: str = "edit", reading: str = "top1") -> pd.DataFrame:

@@ -19,7 +19,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
-from helpers import provenance, results, stats, store
+from helpers import results, stats, store
 from helpers.unlearning.edit import Edit
 from helpers.unlearning.training import Settings
 
@@ -76,12 +76,8 @@ def whole(values: Mapping[str, float], **where) -> pd.DataFrame:
 
 
 def stored(place: Path | str) -> pd.DataFrame:
-    """The rows of this notebook's runs at a place: packed files, a folder of these, or a folder of runs; a relative one counts from the
-    project's root. Empty where there are none. Rows made by older code are among them, with `stale` set.
-    """
-    root = provenance.project_root() / place
-    files = sorted(root.glob("*.parquet")) if root.is_dir() else [root] if root.exists() else []
-    sources = files or ([root] if root.is_dir() else [])
+    """The rows of this notebook's runs at a place (`store.sources`), empty where there are none. Rows made by older code have `stale` set."""
+    sources = store.sources(place)
     return store.read(*sources, notebook=NOTEBOOK) if sources else pd.DataFrame(columns=list(store.SCHEMA))
 
 

@@ -94,6 +94,15 @@ def pack(sources: Sequence[Path | str], target: Path, notebooks: Path | None = N
     return len(table)
 
 
+def sources(place: Path | str) -> list[Path]:
+    """What a place holds for `read`: the packed files of a folder that has any, else the folder or file itself; nothing where nothing is.
+
+    A relative place counts from the project's root.
+    """
+    root = provenance.project_root() / place
+    return (sorted(root.glob("*.parquet")) or [root]) if root.is_dir() else [root] if root.exists() else []
+
+
 def packed(*sources: Path | str, notebooks: Path | None = None) -> dict[str, bool]:
     """Of each run whose rows are in these files (or in the .parquet files of these folders): whether it is stale. Raises StoreError."""
     files = [file for path in map(Path, sources) for file in (sorted(path.glob("*.parquet")) if path.is_dir() else [path])]

@@ -5,6 +5,7 @@ import pytest
 from test_explanations import DISSOCIATED, WORLDS, scores, world
 
 from helpers import claims
+from helpers.results import costs
 from helpers.explanations import MEASURES, ExplanationError, by_measure, curves, explain, verdict, wrecked
 
 LAYER = scores(DISSOCIATED)
@@ -53,6 +54,17 @@ def test_a_window_that_wrecks_the_model_is_left_out_and_named(measure, change):
     without = rows[(rows["model"] != "late") | (rows["localization"] != "MLP 1-3")]
     pd.testing.assert_frame_equal(table, by_measure(without, LAYER, resamples=100))
     assert "late, MLP 1-3" in table.attrs["left_out"] and (table["n_windows"] == 29).all()
+
+
+def test_costs_are_means_over_facts_and_seeds_and_name_any_place_that_wrecks_the_model():
+    rows = long()
+    bad = spoiled(rows, "retain top1", -0.06, "late", "MLP 1-3").replace({"localization": {"MLP 1-3": "lookup"}})
+    table = costs(bad, ["model", "localization"])
+    assert table.index[table["collapse"] != ""].tolist() == [("late", "lookup")] == list(wrecked(bad).index)
+    retained = bad[(bad["measure"] == "retain top1") & (bad["attack"] == "none") & (bad["model"] == "late") & (bad["localization"] == "lookup")]
+    assert table.loc[("late", "lookup"), "retain"] == pytest.approx(retained["value"].mean())
+    assert by_measure(bad, LAYER, resamples=100).attrs["left_out"].keys() == by_measure(
+        rows[(rows["model"] != "late") | (rows["localization"] != "MLP 1-3")], LAYER, resamples=100).attrs["left_out"].keys()
 
 
 def test_a_model_with_too_few_whole_windows_is_left_out_and_the_others_stay():

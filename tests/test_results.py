@@ -40,6 +40,35 @@ def test_means_of_long_results_are_those_of_the_wide_summary(evaluated):
     assert len(means) == 1 + len(measured) * len(evaluation.READINGS)
 
 
+def test_costs_are_the_top1_means_and_say_why_a_model_counts_as_wrecked(evaluated):
+    base = evaluated.assign(method="base", mask="none", seed=0)
+    forgetful = evaluated.assign(seed=4, top_true=evaluated["top_true"].where(evaluated["group"] != "retain", 0.0))
+    rows = pd.concat([base, evaluated, forgetful])
+    long = results.of_evaluations(rows, facts="athletes first-16", n=cases.N_FORGET)
+    wide = evaluation.summarize(rows, base).query("reading == 'top1'").set_index(["mask", "seed"])
+    found = results.costs(long, ["localization", "seed"])
+    for name in ("edit", "forget", "retain", "mcq_retain", "text_loss"):
+        assert found[name].to_dict() == pytest.approx(wide[name].to_dict()), name
+    assert found["collapse"].to_dict() == wide["collapse"].to_dict()
+    assert found.loc[("lookup", 4), "collapse"].startswith("retain") and found.loc[("lookup", 3), "collapse"] == ""
+    named = pd.concat([long.assign(model="a"), long[long["localization"] != "none"].assign(model="b")])  # b has no unedited model
+    both = results.costs(named, ["model", "localization"])["collapse"]
+    assert both["a", "lookup"] == results.costs(long)["collapse"]["lookup"] != "" and both["b", "lookup"] == ""
+
+
+def test_stored_rows_of_the_same_edits_are_added_and_none_counts_twice(evaluated):
+    both = pd.concat([evaluated, evaluated.assign(seed=4), evaluated.assign(method="base", mask="none")])
+    rows = results.of_evaluations(both, facts="athletes first-16", n=cases.N_FORGET).assign(model="a")
+    here, other = rows[rows["seed"] == 3], rows[rows["seed"] == 4].assign(value=2.0)
+    elsewhere = [other.assign(**{name: value}) for name, value in
+                 (("model", "b"), ("facts", "world first-16"), ("localization", "MLP 0-1"), ("method", "sequential"))]
+    unedited = here[here["localization"] == "none"].assign(seed=4, value=5.0)  # measured by every run, and always the same
+    found = results.pooled(here, pd.concat([*elsewhere, other, unedited, here.assign(value=3.0)]))
+    assert len(found) == len(rows) and not found["value"].isin([3.0, 5.0]).any()
+    assert found.loc[found["seed"] == 4, "value"].eq(2.0).all()
+    pd.testing.assert_frame_equal(results.pooled(here, rows[:0]), here.reset_index(drop=True))
+
+
 def test_a_fact_has_one_value_a_measure(evaluated, attacked):
     for table in (results.of_evaluation(evaluated, **WHERE), results.of_attacks(attacked, cases.a_split(), seed=3, **WHERE)):
         assert not table.duplicated(["attack", "fact", "measure"]).any()
