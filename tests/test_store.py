@@ -152,6 +152,12 @@ def test_a_packed_file_reads_as_its_runs_do(home, capsys):
     assert both.groupby("seed")["stale"].any().to_dict() == {0: True, 1: False, 2: True}
 
 
+def test_packed_values_have_three_decimals(home):
+    stored(home / "out", 0, rows=values(0).assign(value=0.12345))
+    store.pack([home / "out"], home / "all.parquet", home)
+    assert read(home, home / "all.parquet")["value"].eq(0.123).all() and read(home)["value"].eq(0.12345).all()
+
+
 def test_what_is_no_packed_file_is_refused(home, capsys):
     (home / "notes.txt").write_text("hello")
     values(0).to_parquet(home / "bare.parquet")
