@@ -3,21 +3,11 @@
 import random
 
 import pytest
+from facts_cases import athletes, world
 
-from helpers import facts
 from helpers.documents import Corpus
 from helpers.facts import Facts
 from helpers.vocabulary import build_tokenizer
-
-
-@pytest.fixture(scope="module")
-def athletes():
-    return facts.load()
-
-
-@pytest.fixture(scope="module")
-def world():
-    return facts.load("world")
 
 
 @pytest.fixture(scope="module")

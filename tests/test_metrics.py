@@ -7,32 +7,22 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
+from facts_cases import athletes, world
+from prompts_cases import with_bos
 from tokenizers import Tokenizer
 from transformers import PreTrainedTokenizerFast
 
-from helpers import facts, metrics
-from helpers.documents import Corpus
+from helpers import metrics
 from helpers.facts import Fact, Facts, Relation
 from helpers.models import Model
 from helpers.prompts import LATIN_SQUARE, ORDERS, PromptSet, build
-from helpers.vocabulary import build_tokenizer
 
 SPORT = Relation("sport", "{subject} plays")
 
 
 @pytest.fixture(scope="module")
-def athletes():
-    return facts.load()
-
-
-@pytest.fixture(scope="module")
-def world():
-    return facts.load("world")
-
-
-@pytest.fixture(scope="module")
-def tokenizer(athletes, world):
-    return build_tokenizer(sorted({f.subject for f in (*athletes, *world)}), Corpus(athletes, world).templates(), 200)
+def tokenizer(with_bos):
+    return with_bos
 
 
 @pytest.fixture(scope="module", params=["llama", "gemma2", "neox"])

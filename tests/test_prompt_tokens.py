@@ -7,7 +7,8 @@ from dataclasses import replace
 import families
 import pytest
 import torch
-from prompts_cases import athletes, decoded, sample, with_bos, world
+from facts_cases import athletes, world
+from prompts_cases import decoded, sample, with_bos
 from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
 from transformers import CanineTokenizer, PreTrainedTokenizerFast
 

@@ -7,7 +7,8 @@ from dataclasses import replace
 
 import families
 import pytest
-from prompts_cases import athletes, decoded, sample, with_bos, world
+from facts_cases import athletes, world
+from prompts_cases import decoded, sample, with_bos
 
 from helpers import facts, metrics, prompts
 from helpers.facts import Facts

@@ -190,23 +190,24 @@ def test_where_localizations_look_is_a_mean_over_seeds_and_says_which_chose_the_
     assert tables.leaderboard(collected.rows).equals(tables.leaderboard(rows))  # and no other table takes these rows for edits
 
 
-def test_stale_rows_are_left_out_unless_asked_for(rows, tmp_path):
+def test_stale_rows_are_taken_unless_fresh_ones_are_asked_for(rows, tmp_path):
     old = rows[rows["localization"] == "lookup"].assign(localization="random", run="old")
     places = [cases.pack(rows, tmp_path / "new.parquet"), cases.pack(old, tmp_path / "old.parquet", stale=True)]
-    found = material.collect([tmp_path])
+    found = material.collect([tmp_path], fresh=True)
     assert "random" not in set(found.rows["localization"]) and len(found.rows) == len(rows)
     assert found.runs.set_index("run").loc["old", ["stale", "used", "rows"]].tolist() == [True, 0, len(old)]
-    assert "random" in set(material.collect(places, stale=True).rows["localization"])
-    with pytest.raises(material.ReportError, match="are stale.*--stale"):
-        material.collect(places[1:])
+    assert "random" in set(material.collect(places).rows["localization"])
+    with pytest.raises(material.ReportError, match="are stale.*without --fresh"):
+        material.collect(places[1:], fresh=True)
 
 
 def test_of_two_runs_of_an_edit_the_one_that_measured_more_counts(rows):
-    rows = rows[rows["localization"] != "none"]
+    rows = rows[rows["localization"] != "none"].assign(stale=False)
+    old = rows.assign(run="old", started="9", stale=True)
     short = rows[rows["attack"] == "none"].assign(run="short", value=0.5, started="2")
     again = rows.assign(run=lambda table: "again " + table["run"], started="1")
     other = rows[rows["localization"] == "lookup"].head(3).assign(run="extra", attack="noise: 0.1", started="3")
-    kept = material.one_run_an_edit(pd.concat([short, rows.assign(started="0"), again, other], ignore_index=True))
+    kept = material.one_run_an_edit(pd.concat([old, short, rows.assign(started="0"), again, other], ignore_index=True))
     assert {run for run in kept["run"] if not run.startswith("again ")} == {"extra"}
     pd.testing.assert_frame_equal(kept[kept["run"] != "extra"][list(rows)].reset_index(drop=True), again[list(rows)].reset_index(drop=True))
 

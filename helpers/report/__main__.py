@@ -26,14 +26,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m helpers.report", description="A static page from stored rows.")
     parser.add_argument("--rows", nargs="+", type=Path, help=f"folders of runs, packed files (default: {' and '.join(PLACES)}, where they exist)")
     parser.add_argument("--out", type=Path, default=Path("runs/report"), help="folder for the page")
-    parser.add_argument("--stale", action="store_true", help="show also rows that other code, data or weights made")
+    parser.add_argument("--fresh", action="store_true", help="leave out rows that other code, data or weights made")
     parser.add_argument("--date", default=datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC"), help="the date on the page (default: now)")
     options = parser.parse_args(given)
     places = options.rows or [path for name in PLACES if (path := provenance.project_root() / name).is_dir()]
     try:
         if not places:
             raise ValueError(f"no rows: there is neither {' nor '.join(PLACES)}; make some with `{SWEEP}`, or name other places (--rows)")
-        material = collect(places, options.stale)
+        material = collect(places, options.fresh)
         command = shlex.join(["python", "-m", "helpers.report", *given])
         text = page.render(material, claims.load(), options.date, command, options.out / "figures")
     except ValueError as error:

@@ -36,15 +36,16 @@ class Material:
     sources: tuple[str, ...]
 
 
-def collect(sources: Sequence[Path | str], stale: bool = False, notebooks: Path | None = None) -> Material:
+def collect(sources: Sequence[Path | str], fresh: bool = False, notebooks: Path | None = None) -> Material:
     """Rows of the store to report on.
 
     Args:
         sources: folders of runs, files made by `store.pack`, or folders of such files.
-        stale: take also rows that other code, data or weights made than there are now.
+        fresh: leave out rows that other code, data or weights made than there are now. They are taken otherwise, with `stale` set,
+            because any change of any helper that a notebook uses makes its runs stale.
         notebooks: their folder, if it is not the project's.
 
-    Raises `ReportError` where there are no rows, or only stale ones, and `store.StoreError` for a file that is no store.
+    Raises `ReportError` where there are no rows, or only stale ones though fresh ones were asked for, and `store.StoreError` for a file that is no store.
     """
     if gone := [short_path(source) for source in sources if not Path(source).exists()]:
         raise ReportError(f"nothing at {', '.join(gone)}: make rows with `{SWEEP}`, or name other places (--rows)")
@@ -53,12 +54,12 @@ def collect(sources: Sequence[Path | str], stale: bool = False, notebooks: Path 
     named = ", ".join(map(short_path, places))
     if everything.empty:
         raise ReportError(f"no rows in {named}: make some with `{SWEEP}`, or name other places (--rows)")
-    fresh = everything if stale else everything[~everything["stale"]]
-    if fresh.empty:
+    taken = everything[~everything["stale"]] if fresh else everything
+    if taken.empty:
         raise ReportError(f"all {len(everything):,} rows in {named} are stale, made by other code, data or weights than there are now: "
-                          f"make them anew with `{SWEEP}`, or show them as they are (--stale)")
-    known = {name: presets.identify(name) or name for name in fresh["model"].unique()}
-    rows = one_run_an_edit(fresh.assign(model=fresh["model"].map(known)))
+                          f"make them anew with `{SWEEP}`, or show them as they are (without --fresh)")
+    known = {name: presets.identify(name) or name for name in taken["model"].unique()}
+    rows = one_run_an_edit(taken.assign(model=taken["model"].map(known)))
     counts = everything.groupby(ORIGIN, sort=False).size().rename("rows").reset_index()
     runs = counts.assign(used=counts["run"].map(rows["run"].value_counts()).fillna(0).astype(int))
     states = [store.runs(place, notebooks)["state"] for place in places if place.is_dir()]
@@ -66,12 +67,13 @@ def collect(sources: Sequence[Path | str], stale: bool = False, notebooks: Path 
 
 
 def one_run_an_edit(rows: pd.DataFrame) -> pd.DataFrame:
-    """Where several runs measured the same edit and attack, the rows of the one that measured most of the edit, of equal ones the last.
+    """Where several runs measured the same edit and attack, the rows of one: not a stale one if there is another, of these the one that
+    measured most of the edit, of equal ones the last.
 
     Every run measures the unedited model, and two notebooks may make the same edit: averaging them would count a fact twice.
     """
     size = rows.groupby([*EDIT, "run"], dropna=False, sort=False)["value"].transform("size")
-    ranked = rows.assign(size=size).sort_values(["size", "started", "run"], ascending=[False, False, True], kind="stable")
+    ranked = rows.assign(size=size).sort_values(["stale", "size", "started", "run"], ascending=[True, False, False, True], kind="stable")
     first = ranked.groupby([*EDIT, "attack"], dropna=False, sort=False)["run"].transform("first")
     return rows[(rows["run"] == first.reindex(rows.index)).to_numpy()].reset_index(drop=True)
 

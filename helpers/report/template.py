@@ -23,7 +23,7 @@ code { background: #f3f3f3; padding: .1em .3em } img { max-width: 100% } details
 in {{ material.sources|join(', ') }}, with <code>{{ command }}</code>.
 {% if count.stale %}
 {{ count.stale }} of {{ count.runs }} runs are stale: made by other code, data or weights than there are now.
-{{ 'They are shown all the same, as was asked for.' if count.stale_shown else 'They are left out.' }}
+{{ 'They are shown all the same; --fresh leaves them out.' if count.stale_shown else 'They are left out.' }}
 {% else %}
 No run is stale.
 {% endif %}
