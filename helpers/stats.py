@@ -78,9 +78,9 @@ def compare(rows: pd.DataFrame, a: str, against: Sequence[str], group: str = "lo
 
 def matrix(rows: pd.DataFrame, value: str = "value", fact: str | Sequence[str] = "fact", seed: str = "seed") -> pd.DataFrame:
     """Facts × seeds. A missing name of a fact (NaN) is that of a measure of the whole set. Raises `ValueError` for duplicates."""
-    if not len(rows):
-        return pd.DataFrame(dtype=float)
     unit = [fact] if isinstance(fact, str) else list(fact)
+    if not len(rows):
+        return pd.DataFrame(index=rows.set_index(unit).index, dtype=float)
     rows = rows.assign(**{name: rows[name].astype(object).where(rows[name].notna(), "") for name in unit})
     double = rows.duplicated([*unit, seed], keep=False)
     if double.any():

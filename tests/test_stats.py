@@ -230,6 +230,14 @@ def test_missing_values_are_counted_never_filled():
     assert both.loc[1:, ["value", "p", "low", "h", "d"]].isna().all().all()
 
 
+@pytest.mark.parametrize("fact", ["fact", ["facts", "fact"]])
+@pytest.mark.parametrize("a, b", [("absent", "a"), ("a", "absent"), ("absent", "gone")])
+def test_a_side_that_was_not_run_is_named_whichever_it_is(a, b, fact):
+    rows = pd.DataFrame({"localization": "a", "facts": "f", "seed": 0, "fact": list("xyz"), "value": 1.0})
+    table = stats.compare(rows, a, [b], fact=fact)
+    assert table["n_facts"].item() == 0 and np.isnan(table["value"].item()) and "no rows of" in table["note"].item()
+
+
 def test_a_measure_of_the_whole_set_is_tested_over_seeds():
     rows = pd.DataFrame([{"localization": mask, "fact": None, "seed": s, "value": x} for mask, xs in
                          {"a": [2.0, 2.1, 1.9], "b": [2.5, 2.7, 2.45]}.items() for s, x in enumerate(xs)])
