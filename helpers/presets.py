@@ -2,10 +2,11 @@
 
     given = settings("paper", "google/gemma-2-9b", "athletes", "lookup", Settings())     # what the paper trained with
     source("paper", "google/gemma-2-9b", "athletes", "lookup")                           # where that comes from
+    file("tuned", "tiny-gemma2", "athletes", "lookup")                                   # which file that is, for `run.uses`
     layers(model, "athletes", "attribution MLPs")                                        # what the paper trained
 
-A preset is `""` (the defaults), `"paper"` (published; `data/presets.yaml`) or `"tuned"` (found here on practice facts;
-`data/tuned.yaml`, model -> task -> mask -> fields of `Settings`, where it has them). Published settings are never stretched: what the
+A preset is `""` (the defaults), `"paper"` (published; `data/presets.yaml`) or `"tuned"` (found here on practice facts; fields of
+`Settings` in `data/tuned/<model>/<task>/<mask>.yaml`, where there is one). Published settings are never stretched: what the
 paper did not train raises `PresetError` with a list of what it did. One exception is stated by `source`: a window of MLPs, the control
 for depth that the paper lacks, gets the settings of the lookup MLPs, as the paper gave their rate to every choice of MLPs.
 """
@@ -29,7 +30,7 @@ from helpers.unlearning.training import Settings
 
 NAMES = ("", "paper", "tuned")
 WINDOW = r"MLP \d+-\d+"
-TUNED = DATA / "tuned.yaml"
+PUBLISHED, TUNED = DATA / "presets.yaml", DATA / "tuned"
 # our names of localizations -> those of the paper
 METHODS = {"lookup": "flu", "attribution": "ap", "attribution MLPs": "ap-mlps", "causal tracing": "ct", "causal tracing MLPs": "ct-mlps"}
 # what small models are trained with where nothing else is known: half of the paper's examples a step, and texts half as long. With a
@@ -54,6 +55,23 @@ def settings(preset: str, model_name: str, task: str, mask_name: str, defaults: 
 def source(preset: str, model_name: str, task: str, mask_name: str) -> str:
     """Where the settings of a preset come from, in words, for a table or a caption. Raises `PresetError`."""
     return _find(preset, model_name, task, mask_name)[1]
+
+
+def file(preset: str, model_name: str, task: str, mask_name: str) -> Path | None:
+    """The file that the settings of a preset stand in, None for defaults. Raises `PresetError` for an unknown preset."""
+    if preset not in NAMES:
+        raise PresetError(f"preset {preset!r}: there are {', '.join(map(repr, NAMES))}")
+    if preset != "tuned":
+        return PUBLISHED if preset else None
+    window = re.fullmatch(WINDOW, mask_name) is not None
+    places = [tuned_file(model_name, task, name) for name in (mask_name, *(["lookup"] if window else []))]
+    return next((place for place in places if place.is_file()), None)
+
+
+def tuned_file(model_name: str, task: str, mask_name: str, folder: Path | None = None) -> Path:
+    """Where tuned settings are kept, if there are any; `folder` in place of `data/tuned`."""
+    names = (identify(model_name) or Path(model_name).name, task, f"{mask_name}.yaml")
+    return (folder or TUNED).joinpath(*(name.replace(" ", "-") for name in names))
 
 
 def task_of(facts: str, forget: str, objective: str = "edit") -> str:
@@ -145,13 +163,12 @@ def expected(name: str, mask_name: str = "lookup") -> memory.Estimate:
 
 def _find(preset: str, model_name: str, task: str, mask_name: str) -> tuple[dict, str]:
     """(fields of `Settings` that differ from the defaults, where they come from)."""
-    if preset not in NAMES:
-        raise PresetError(f"preset {preset!r}: there are {', '.join(map(repr, NAMES))}")
+    place = file(preset, model_name, task, mask_name)
     if preset == "paper":
         return _paper(_published_name(model_name), task, mask_name)
-    if preset == "tuned":
-        return _tuned(identify(model_name) or model_name, task, mask_name)
-    return {}, "defaults"
+    if place is None:
+        return {}, f"defaults: nothing is tuned for {identify(model_name) or model_name}, {task}, {mask_name}" if preset else "defaults"
+    return _tuned(place, borrowed=place != tuned_file(model_name, task, mask_name))
 
 
 def _published_name(model_name: str) -> str:
@@ -178,29 +195,20 @@ def _paper(name: str, task: str, mask_name: str) -> tuple[dict, str]:
     return {**found, "chunk": data["models"][name]["chunk"]}, said
 
 
-def _tuned(name: str, task: str, mask_name: str) -> tuple[dict, str]:
-    if not TUNED.is_file():
-        return {}, f"defaults: there is no {TUNED.name}"
-    found = yaml.safe_load(TUNED.read_text(encoding="utf-8")) or {}
-    borrowed = re.fullmatch(WINDOW, mask_name) and mask_name not in ((found.get(name) or {}).get(task) or {})
-    for key in (name, task, "lookup" if borrowed else mask_name):
-        found = found.get(key)
-        if not found:
-            return {}, f"defaults: {TUNED.name} has nothing for {name}, {task}, {mask_name}"
-        if not isinstance(found, dict):
-            raise PresetError(f"{TUNED.name}: {key!r} holds {found!r}; expected model -> task -> mask -> settings")
-    found = dict(found)
+def _tuned(place: Path, borrowed: bool) -> tuple[dict, str]:
+    named = "/".join(place.parts[-3:])
+    found = yaml.safe_load(place.read_text(encoding="utf-8"))
+    if not isinstance(found, dict):
+        raise PresetError(f"{named} holds {found!r}; expected settings, name: value")
     how = found.pop("provenance", {})  # `helpers.tuned` notes there how the values were found
-    unknown = set(found) - {field.name for field in fields(Settings)}
-    if unknown:
-        raise PresetError(f"{TUNED.name}: {name}, {task}, {mask_name} has {', '.join(sorted(unknown))}; fields are "
-                          f"{', '.join(asdict(Settings()))}")
-    said = f"tuned here ({TUNED.name})" + (f": best of {how['trials']} trials" if "trials" in how else "")
+    if unknown := set(found) - {field.name for field in fields(Settings)}:
+        raise PresetError(f"{named} has {', '.join(sorted(unknown))}; fields are {', '.join(asdict(Settings()))}")
+    said = "tuned here" + (f": best of {how['trials']} trials" if "trials" in how else "")
     return found, said + (", those of lookup" if borrowed else "")
 
 
 def _read() -> dict:
-    return yaml.safe_load((DATA / "presets.yaml").read_text(encoding="utf-8"))
+    return yaml.safe_load(PUBLISHED.read_text(encoding="utf-8"))
 
 
 if __name__ == "__main__":

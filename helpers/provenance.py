@@ -3,11 +3,13 @@
 import ast
 import hashlib
 import importlib.metadata
+import io
 import json
 import os
 import platform
 import subprocess
 import sys
+import tokenize
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -51,7 +53,7 @@ def content_hash(path: Path | str) -> str:
 def code_hash(notebook: str, folder: Path | None = None) -> str:
     """sha256 of all that computes a notebook's rows: its code cells and the modules of `helpers` they import, through one another.
 
-    READERS do not count: rows stay what they are when a figure is drawn in another way.
+    READERS do not count: rows stay what they are when a figure is drawn in another way. Nor do comments and docstrings.
     The notebook is looked for in `folder` (default: the working directory, which a kernel shares with its notebook), then
     in `notebooks/`. Where it is in neither, every module counts.
     """
@@ -65,7 +67,33 @@ def code_hash(notebook: str, folder: Path | None = None) -> str:
         files = [file for file in modules(code) if file.relative_to(package).parts[0] not in READERS]
     else:
         code, files = [], sorted(package.rglob("*.py"))
-    return text_hash("\n".join([*(f"{file.relative_to(package).as_posix()}\0{content_hash(file)}" for file in files), *code]))
+    return text_hash("\n".join([*(f"{file.relative_to(package).as_posix()}\0{module_hash(file)}" for file in files), *map(essence, code)]))
+
+
+def module_hash(file: Path) -> str:
+    """sha256 of what a module does: comments and docstrings do not count."""
+    return text_hash(essence(file.read_text(encoding="utf-8")))
+
+
+def essence(source: str) -> str:
+    """A piece of Python without comments and docstrings; as it is where it is no plain Python."""
+    try:
+        tree = ast.parse(source)
+        tokens = list(tokenize.generate_tokens(io.StringIO(source).readline))
+    except (SyntaxError, tokenize.TokenError):  # IPython may know what to do with it
+        return source
+    original = source.split("\n")
+    lines: list[str | None] = list(original)
+    for token in tokens:
+        if token.type == tokenize.COMMENT:
+            row, column = token.start[0] - 1, token.start[1]
+            lines[row] = lines[row][:column].rstrip() or None
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef) and ast.get_docstring(node) is not None:
+            said, rest = node.body[0], node.body[1:]
+            if not original[said.lineno - 1][: said.col_offset].strip() and (not rest or rest[0].lineno > said.end_lineno):
+                lines[said.lineno - 1 : said.end_lineno] = [None] * (said.end_lineno - said.lineno + 1)
+    return "\n".join(line for line in lines if line is not None)
 
 
 def modules(sources: Iterable[str]) -> list[Path]:

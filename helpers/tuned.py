@@ -1,4 +1,4 @@
-"""Hyper-parameters found by the same search for every mask, kept in `data/tuned.yaml`.
+"""Hyper-parameters found by the same search for every mask, kept in `data/tuned`.
 
     python -m helpers.tuned tiny-llama3 --facts athletes --forget first-64 --masks "lookup,causal tracing,everything" --jobs 2
     python -m helpers.tuned tiny-llama3 --forget answer-basketball --objective unlearn
@@ -6,9 +6,8 @@
 The masks are those that `localization.choices` makes for the facts to forget. All of them try the same points of learning rate
 and forget weight, on practice facts of which no final number is measured (`practice`). Every trial is stored as soon as it is
 done, in `<folder>/trials`, so that a killed search goes on and a repeated one does nothing; all trials of a mask are in
-`<folder>/<model>/<task>/<mask>.parquet`. The point with the highest score `ours` (`unlearning.scores`) goes into the YAML file, as
-model → task → mask → values, beside what stands there for other models, tasks and masks; `helpers.presets` reads it, and names
-the tasks. Beside the values stands how they were found.
+`<folder>/<model>/<task>/<mask>.parquet`. The point with the highest score `ours` (`unlearning.scores`) goes into a file of its own,
+`data/tuned/<model>/<task>/<mask>.yaml`, with how it was found; `helpers.presets` reads it, and names the tasks.
 """
 
 from __future__ import annotations
@@ -33,7 +32,7 @@ from helpers.unlearning import tuning
 from helpers.unlearning.training import Settings
 from helpers.unlearning.tuning import FINETUNE, Log, Tuned, TuningError
 
-HEADER = "# Written by `python -m helpers.tuned`: the best of equally many trials for every mask, on practice facts.\n"
+HEADER = "# Written by `python -m helpers.tuned`: the best of as many trials as other masks got, on practice facts.\n"
 MOST_READ = 64  # practice facts of a whole answer that a trial is read on
 
 
@@ -66,33 +65,17 @@ def search(model: Model, split: Split, masks: Sequence[Mask], objective: str = "
     return tuning.tune_all(model, drawn, methods, {**FINETUNE, "learning_rate": rates}, trials, seed, Path(folder) / "trials", goal, **measured)
 
 
-def keep(model: str, task: str, found: Sequence[Tuned], settings: Settings, about: dict, file: Path = presets.TUNED) -> None:
-    """Write the best points, and `settings` where they are not the defaults, into the YAML file, in one step.
+def keep(model: str, task: str, found: Sequence[Tuned], settings: Settings, about: dict, kept: Path = presets.TUNED) -> None:
+    """Write the best points, and `settings` where they are not the defaults, each into the file of its mask.
 
-    What it says of other models, tasks and masks stays. `about` is kept beside each point, with score and number of trials.
-    Raises `TuningError` for a file that holds something else, and where every trial of a mask failed.
+    `about` is noted beside each point, with score and number of trials. Raises `TuningError` where every trial of a mask failed.
     """
-    known = read(file)
     fixed = {name: value for name, value in asdict(settings).items() if value != getattr(Settings(), name)}
     for tuned in found:
         best = {name: float(f"{value:.4g}") for name, value in tuned.best().items()}
         said = {"score": round(float(tuned.trials["ours"].max()), 4), "trials": len(tuned.trials), **about}
-        known.setdefault(model, {}).setdefault(task, {})[tuned.mask] = {**fixed, **best, "provenance": said}
-    provenance.write_text(file, HEADER + yaml.safe_dump(known, sort_keys=True, allow_unicode=True))
-
-
-def read(file: Path = presets.TUNED) -> dict:
-    """What is tuned so far; empty where there is no file yet. Raises `TuningError` for a file of another kind."""
-    if not file.exists():
-        return {}
-    try:
-        found = yaml.safe_load(file.read_text(encoding="utf-8")) or {}
-    except yaml.YAMLError as error:
-        raise TuningError(f"{file.name} is no YAML: {' '.join(str(error).split())}") from None
-    nested = isinstance(found, dict) and all(isinstance(t, dict) and all(isinstance(m, dict) for m in t.values()) for t in found.values())
-    if not nested:
-        raise TuningError(f"{file.name} does not hold model → task → mask")
-    return found
+        place = presets.tuned_file(model, task, tuned.mask, kept)
+        provenance.write_text(place, HEADER + yaml.safe_dump({**fixed, **best, "provenance": said}, sort_keys=True, allow_unicode=True))
 
 
 def _group(options: argparse.Namespace, names: Sequence[str]) -> tuple[str, str, list[Tuned], Settings, dict]:
@@ -133,7 +116,7 @@ def _arguments() -> argparse.ArgumentParser:
     parser.add_argument("--device", help="cpu, cuda … (default: a GPU if there is one)")
     parser.add_argument("--dtype", choices=["float32", "bfloat16"], help="of the weights (default: float32 on a CPU, bfloat16 on a GPU)")
     parser.add_argument("--folder", type=Path, default=Path("runs/tuning"), help="where trials are stored")
-    parser.add_argument("--file", type=Path, default=presets.TUNED, help="where the best points are kept")
+    parser.add_argument("--kept", type=Path, default=presets.TUNED, help="folder where the best points are kept")
     return parser
 
 
@@ -145,7 +128,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
         unknown = [name for name in names if name not in NAMES and not is_window(name)]
         if unknown or not names or options.jobs < 1:
             raise TuningError(f"masks {', '.join(unknown) or '(none)'}, {options.jobs} jobs: there are {', '.join(NAMES)}, and at least one job is needed")
-        read(options.file)  # before anything heavy
         groups = [names[i::options.jobs] for i in range(min(options.jobs, len(names)))]
         if len(groups) == 1:
             done = [_group(options, names)]
@@ -153,7 +135,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             with ProcessPoolExecutor(len(groups), mp_context=multiprocessing.get_context("spawn")) as pool:
                 done = list(pool.map(_group, [options] * len(groups), groups))
         for model, task, found, settings, about in done:
-            keep(model, task, found, settings, about, options.file)
+            keep(model, task, found, settings, about, options.kept)
             print("\n".join(f"{model}, {task}, {t.mask}: {t.best()}, score {t.trials['ours'].max():.3f}" for t in found))
     except ValueError as error:
         print(error, file=sys.stderr)

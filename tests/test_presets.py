@@ -80,22 +80,26 @@ def test_no_preset_is_the_defaults():
 
 
 def test_tuned_settings(tmp_path, monkeypatch):
-    file = tmp_path / "tuned.yaml"
-    monkeypatch.setattr(presets, "TUNED", file)
-    of = ("tuned", "google/gemma-2-2b", "athletes")
-    assert settings(*of, "lookup", DEFAULTS) == DEFAULTS and "there is no tuned.yaml" in source(*of, "lookup")
-    file.write_text(yaml.safe_dump({"gemma-2-2b": {"athletes": {"lookup": {"learning_rate": 2e-4, "steps": 30}}}}))
+    monkeypatch.setattr(presets, "TUNED", tmp_path)
+    of, task = ("tuned", "google/gemma-2-2b", "athletes"), tmp_path / "gemma-2-2b" / "athletes"
+    task.mkdir(parents=True)
+    lookup, window = task / "lookup.yaml", task / "MLP-2-4.yaml"
+    assert settings(*of, "lookup", DEFAULTS) == DEFAULTS and presets.file(*of, "lookup") is None
+    assert source(*of, "lookup") == "defaults: nothing is tuned for gemma-2-2b, athletes, lookup"
+    lookup.write_text(yaml.safe_dump({"learning_rate": 2e-4, "steps": 30}))
     assert settings(*of, "lookup", DEFAULTS) == replace(DEFAULTS, learning_rate=2e-4, steps=30)
-    assert source(*of, "lookup") == "tuned here (tuned.yaml)"
-    file.write_text(yaml.safe_dump({"gemma-2-2b": {"athletes": {"lookup": {"learning_rate": 2e-4, "provenance": {"trials": 12}}}}}))
+    assert source(*of, "lookup") == "tuned here" and presets.file(*of, "lookup") == lookup
+    lookup.write_text(yaml.safe_dump({"learning_rate": 2e-4, "provenance": {"trials": 12}}))
     assert settings(*of, "lookup", DEFAULTS) == replace(DEFAULTS, learning_rate=2e-4)
-    assert source(*of, "lookup") == "tuned here (tuned.yaml): best of 12 trials"
-    assert settings(*of, "MLP 2-4", DEFAULTS) == replace(DEFAULTS, learning_rate=2e-4)  # a control is trained like what it controls
-    assert source(*of, "MLP 2-4") == "tuned here (tuned.yaml): best of 12 trials, those of lookup"
+    assert source(*of, "lookup") == "tuned here: best of 12 trials"
+    # a control is trained like what it controls, unless it has settings of its own
+    assert settings(*of, "MLP 2-4", DEFAULTS) == replace(DEFAULTS, learning_rate=2e-4) and presets.file(*of, "MLP 2-4") == lookup
+    assert source(*of, "MLP 2-4") == "tuned here: best of 12 trials, those of lookup"
+    window.write_text(yaml.safe_dump({"learning_rate": 3e-4}))
+    assert settings(*of, "MLP 2-4", DEFAULTS) == replace(DEFAULTS, learning_rate=3e-4) and source(*of, "MLP 2-4") == "tuned here"
     assert settings(*of, "everything", DEFAULTS) == DEFAULTS
-    assert source(*of, "everything") == "defaults: tuned.yaml has nothing for gemma-2-2b, athletes, everything"
-    for broken, message in (({"lookup": {"rate": 1}}, "has rate; fields are learning_rate"), ({"lookup": 3}, "'lookup' holds 3")):
-        file.write_text(yaml.safe_dump({"gemma-2-2b": {"athletes": broken}}))
+    for broken, message in (("rate: 1", "has rate; fields are learning_rate"), ("3", "gemma-2-2b/athletes/lookup.yaml holds 3")):
+        lookup.write_text(broken)
         with pytest.raises(PresetError, match=message):
             settings(*of, "lookup", DEFAULTS)
 

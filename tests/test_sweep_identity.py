@@ -61,14 +61,45 @@ def test_no_helper_is_imported_in_a_way_that_reading_cannot_follow():
                                                  ("plots/style.py", False), ("claims.py", False)])
 def test_code_hash_changes_with_the_modules_it_imports_only(tmp_path, monkeypatch, module, matters):
     notebook(tmp_path, "50_facts", "from helpers import claims, plots\nfrom helpers.facts import load", FINISH)
-    before, real = provenance.code_hash("50_facts", tmp_path), provenance.content_hash
-    monkeypatch.setattr(provenance, "content_hash", lambda path: "changed" if path == PACKAGE / module else real(path))
+    before, real = provenance.code_hash("50_facts", tmp_path), provenance.module_hash
+    monkeypatch.setattr(provenance, "module_hash", lambda path: "changed" if path == PACKAGE / module else real(path))
     assert (provenance.code_hash("50_facts", tmp_path) != before) == matters
     # where the notebook is not at hand everything counts
     monkeypatch.undo()
     before = provenance.code_hash("99_nowhere")
-    monkeypatch.setattr(provenance, "content_hash", lambda path: "changed" if path == PACKAGE / module else real(path))
+    monkeypatch.setattr(provenance, "module_hash", lambda path: "changed" if path == PACKAGE / module else real(path))
     assert provenance.code_hash("99_nowhere") != before
+
+
+CODE = '''"""Doc."""
+import math  # of the standard library
+
+def area(radius):  # a circle's
+    """Of a circle,
+    # in square units.
+    """
+    # not a sphere
+    text = """kept # here
+    and "here\"""
+    return math.pi * radius**2, text, "# kept"
+'''
+
+
+def test_comments_and_docstrings_are_no_code():
+    bare = provenance.essence(CODE)
+    assert bare == '''import math
+
+def area(radius):
+    text = """kept # here
+    and "here\"""
+    return math.pi * radius**2, text, "# kept"
+'''
+    other = CODE.replace("Of a circle,", "Of a disc,\n    which is flat,").replace("  # a circle's", "").replace("# not a", "# nor a")
+    assert other != CODE and provenance.essence(other) == bare
+    for old, new in (("**2", "**3"), ("kept # here", "kept # there"), ('"# kept"', '"# gone"')):
+        assert provenance.essence(CODE.replace(old, new)) != bare
+    assert provenance.essence("files = !ls  # all") == "files = !ls  # all"
+    assert provenance.essence("def f(): 'doc'; return 1") == "def f(): 'doc'; return 1"
 
 
 def test_code_hash_sees_cells_and_not_prose_or_outputs(tmp_path, monkeypatch):

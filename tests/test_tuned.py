@@ -22,6 +22,10 @@ def keys(*sets):
     return {fact.key for some in sets for fact in some}
 
 
+def read(folder, task, mask) -> dict:
+    return yaml.safe_load(presets.tuned_file("small", task, mask, folder).read_text())
+
+
 @pytest.fixture(scope="module")
 def asked(tmp_path_factory):
     """A small model in a folder, its facts as a CSV file, and the command line that tunes two masks with two trials."""
@@ -38,14 +42,12 @@ def asked(tmp_path_factory):
         writer.writerows([f.subject, "sport", f.answer, f.edit, ""] for f in facts.load()[:cases.N_FACTS])
         writer.writerow(["Tiger Woods", "sport", "golf", "", "example"])
     return [str(home / "small"), "--facts", str(home / "my-athletes.csv"), "--forget", "first-16", "--masks", "lookup,all MLPs", "--lookup", "1",
-            "--trials", "2", "--steps", "3", "--batch", "16", "--folder", str(home / "trials"), "--file", str(home / "tuned.yaml")], home
+            "--trials", "2", "--steps", "3", "--batch", "16", "--folder", str(home / "trials"), "--kept", str(home / "kept")], home
 
 
 @pytest.fixture(scope="module")
 def done(asked):
     arguments, home = asked
-    (home / "tuned.yaml").write_text("other:\n  edit:\n    lookup: {learning_rate: 0.5}\n"
-                                    f"{home / 'small'}:\n  athletes:\n    everything: {{learning_rate: 0.25}}\n")
     assert tuned.main(arguments) == 0
     return home
 
@@ -67,42 +69,41 @@ def test_practice_keeps_away_from_the_facts_that_are_read_in_the_end():
 
 
 def test_every_mask_gets_the_same_points_and_the_best_is_what_the_preset_gives(done, monkeypatch):
-    monkeypatch.setattr(presets, "TUNED", done / "tuned.yaml")
-    written, model = yaml.safe_load((done / "tuned.yaml").read_text()), str(done / "small")
-    found = written[model]["athletes"]
+    monkeypatch.setattr(presets, "TUNED", done / "kept")
+    model = str(done / "small")
     tables = {name: pd.read_parquet(done / "trials" / "small" / "athletes" / f"{name}.parquet") for name in ("lookup", "all MLPs")}
     for name, table in tables.items():
         assert table["trial"].tolist() == [0, 1]
         assert table[["learning_rate", "forget_weight"]].equals(tables["lookup"][["learning_rate", "forget_weight"]])
-        best, kept = table.loc[table["ours"].idxmax()], found[name]
+        best, kept = table.loc[table["ours"].idxmax()], read(done / "kept", "athletes", name)
         assert kept["learning_rate"] == pytest.approx(best["learning_rate"], rel=1e-3)
         assert kept["forget_weight"] == pytest.approx(best["forget_weight"], rel=1e-3)
         assert kept["provenance"]["score"] == pytest.approx(best["ours"], abs=1e-4) and kept["provenance"]["trials"] == 2
         assert kept["provenance"]["facts"] == "my-athletes first-16"
         given = presets.settings("tuned", model, "athletes", name, Settings())
-        assert given == Settings(learning_rate=kept["learning_rate"], forget_weight=kept["forget_weight"], steps=3, batch=16)
-    assert written["other"] == {"edit": {"lookup": {"learning_rate": 0.5}}} and found["everything"] == {"learning_rate": 0.25}
+        assert given == Settings(learning_rate=kept["learning_rate"], forget_weight=kept["forget_weight"], steps=3, batch=16, text_tokens=50)
 
 
 def test_a_search_done_again_makes_no_edit_and_the_same_file(asked, done, monkeypatch):
-    before = (done / "tuned.yaml").read_bytes()
+    files = sorted((done / "kept").rglob("*.yaml"))
+    before = [file.read_bytes() for file in files]
     monkeypatch.setattr(tuning, "finetune", lambda *a, **k: pytest.fail("a trial was made again"))
     assert tuned.main(asked[0]) == 0
-    assert (done / "tuned.yaml").read_bytes() == before
+    assert len(files) >= 2 and [file.read_bytes() for file in files] == before
 
 
 @pytest.mark.slow
 def test_several_processes_find_what_one_finds(asked, done, tmp_path):
-    again = [*asked[0], "--jobs", "2", "--folder", str(tmp_path / "trials"), "--file", str(tmp_path / "tuned.yaml")]
+    again = [*asked[0], "--jobs", "2", "--folder", str(tmp_path / "trials"), "--kept", str(tmp_path / "kept")]
     assert tuned.main(again) == 0
-    one, two = (yaml.safe_load((place / "tuned.yaml").read_text())[str(done / "small")]["athletes"] for place in (done, tmp_path))
-    assert {name: one[name] for name in two} == two
+    for name in ("lookup", "all MLPs"):
+        assert read(tmp_path / "kept", "athletes", name) == read(done / "kept", "athletes", name)
 
 
 def test_a_whole_answer_can_be_tuned(asked, done):
     arguments = [*asked[0], "--to", "golf", "--forget", "answer-football", "--masks", "all MLPs", "--trials", "1"]
     assert tuned.main(arguments) == 0
-    kept = yaml.safe_load((done / "tuned.yaml").read_text())[str(done / "small")]["whole-sport"]["all MLPs"]
+    kept = read(done / "kept", "whole-sport", "all MLPs")
     assert kept["provenance"]["facts"] == "my-athletes answer-football" and 2e-4 <= kept["learning_rate"] <= 2e-2
 
 
@@ -115,10 +116,3 @@ def test_a_whole_answer_can_be_tuned(asked, done):
 def test_what_is_not_there_is_named(asked, changed, said, capsys):
     assert tuned.main([*asked[0], *changed]) == 2
     assert re.search(said, capsys.readouterr().err)
-
-
-def test_a_file_of_another_kind_is_left_alone(asked, tmp_path, capsys):
-    for text in ("- a\n- b\n", "a: {b: 1}\n", "a: [\n"):
-        (tmp_path / "tuned.yaml").write_text(text)
-        assert tuned.main([*asked[0], "--file", str(tmp_path / "tuned.yaml")]) == 2
-        assert "tuned.yaml" in capsys.readouterr().err and (tmp_path / "tuned.yaml").read_text() == text

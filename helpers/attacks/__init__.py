@@ -57,7 +57,7 @@ class Attack:
 
     call: Callable[..., pd.DataFrame]
     quick: dict | None = None
-    standard: dict | None = field(default_factory=dict)
+    standard: dict | tuple[dict, ...] | None = field(default_factory=dict)
     full: dict | tuple[dict, ...] | None = field(default_factory=dict)
 
     def options(self, profile: str) -> tuple[dict, ...]:
@@ -68,7 +68,8 @@ class Attack:
 _ALL, _PLAIN = {"orders": tuple(range(len(ORDERS)))}, {"formats": ("one_shot",)}
 _DOSES = {"rates": (2e-4, 1e-3, 5e-3), "shown": (0, 4, 8, 16, None), "steps": (0, 1, 2, 5, 10, 20, 50, 100)}
 _LIGHT = replace(PUBLISHED, batch=16, text_tokens=50)
-_LORA, _FULL = {"rates": (2e-4, 2e-3), "invented": True, "n_retain": 40}, {"rates": (1e-3,), "n_retain": 40}
+# at the published rate a tiny model learns next to nothing, so that there is nothing to control for
+_PUBLISHED, _LORA, _FULL = {"rates": (2e-4,), "n_retain": 40}, {"rates": (2e-3,), "invented": True, "n_retain": 40}, {"rates": (1e-3,), "n_retain": 40}
 _POLITE = ("few-shot, forgotten facts", "paraphrase 1", "QA", "MCQ", "league")
 
 ATTACKS: dict[str, Attack] = {
@@ -76,7 +77,7 @@ ATTACKS: dict[str, Attack] = {
     "prompt": Attack(prompt, {"asked": _POLITE, "n_retain": 40}, {}, _ALL),
     "relearn lora": Attack(partial(relearn, how="lora"),
                            {"rates": (2e-3,), "steps": (0, 10), "settings": _LIGHT, "invented": True, "n_retain": 40, **_PLAIN},
-                           _LORA, (_LORA, {"invented": True, **_DOSES})),
+                           (_PUBLISHED, _LORA), (_PUBLISHED, _LORA, {"invented": True, **_DOSES})),
     "relearn full": Attack(partial(relearn, how="full"), None, _FULL, (_FULL, {"invented": True, **_DOSES})),
     "relearn text": Attack(relearn_text, None, {"rates": (1e-3,), **_PLAIN},
                            {"rates": _DOSES["rates"], "steps": _DOSES["steps"]}),
