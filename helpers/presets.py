@@ -33,9 +33,9 @@ WINDOW = r"MLP \d+-\d+"
 PUBLISHED, TUNED = DATA / "presets.yaml", DATA / "tuned"
 # our names of localizations -> those of the paper
 METHODS = {"lookup": "flu", "attribution": "ap", "attribution MLPs": "ap-mlps", "causal tracing": "ct", "causal tracing MLPs": "ct-mlps"}
-# what small models are trained with where nothing else is known: half of the paper's examples a step, and texts half as long. With a
-# quarter of the examples the same edits cost more retained facts (python -m helpers.tuned tiny-gemma2 --masks lookup --batch 16)
-SMALL = Settings(batch=32, text_tokens=50)
+# what small models are trained with where nothing else is known: half of the paper's examples a step. With a quarter of them the same
+# edits cost more retained facts (python -m helpers.tuned tiny-gemma2 --masks lookup --batch 16)
+SMALL = Settings(batch=32)
 RATE = 3e14  # multiplications and additions a second that estimated minutes assume
 
 

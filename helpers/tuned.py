@@ -85,7 +85,7 @@ def _group(options: argparse.Namespace, names: Sequence[str]) -> tuple[str, str,
     known = known.edited_to(options.to) if options.to else known
     split = splits.split(known, options.forget)
     chosen = choose(model, known, split, names, lookup=options.lookup, seed=options.seed)
-    settings, rates = Settings(steps=options.steps, batch=options.batch, text_tokens=options.text_tokens), Log(*options.rates)
+    settings, rates = Settings(steps=options.steps, batch=options.batch), Log(*options.rates)
     found = search(model, split, list(chosen.masks.values()), options.objective, options.trials, options.seed, options.folder, settings, rates)
     key, task = presets.identify(model.name) or model.name, presets.task_of(known.name, split.spec, options.objective)
     for tuned in found:
@@ -108,7 +108,6 @@ def _arguments() -> argparse.ArgumentParser:
     parser.add_argument("--jobs", type=int, default=1, help="processes, each for some of the masks")
     parser.add_argument("--steps", type=int, default=Settings().steps, help="optimizer steps of a trial")
     parser.add_argument("--batch", type=int, default=presets.SMALL.batch, help="examples of each kind a step; the paper took 64")
-    parser.add_argument("--text-tokens", type=int, default=presets.SMALL.text_tokens, help="tokens of each text; the paper took 100")
     parser.add_argument("--rates", type=float, nargs=2, default=(FINETUNE["learning_rate"].low, FINETUNE["learning_rate"].high),
                         metavar=("LOW", "HIGH"), help="learning rates to draw from")
     parser.add_argument("--lookup", type=lambda text: tuple(map(int, text.split(","))), help="lookup MLPs chosen by hand, 2,3,4")

@@ -81,7 +81,7 @@ def test_every_mask_gets_the_same_points_and_the_best_is_what_the_preset_gives(d
         assert kept["provenance"]["score"] == pytest.approx(best["ours"], abs=1e-4) and kept["provenance"]["trials"] == 2
         assert kept["provenance"]["facts"] == "my-athletes first-16"
         given = presets.settings("tuned", model, "athletes", name, Settings())
-        assert given == Settings(learning_rate=kept["learning_rate"], forget_weight=kept["forget_weight"], steps=3, batch=16, text_tokens=50)
+        assert given == Settings(learning_rate=kept["learning_rate"], forget_weight=kept["forget_weight"], steps=3, batch=16)
 
 
 def test_a_search_done_again_makes_no_edit_and_the_same_file(asked, done, monkeypatch):
