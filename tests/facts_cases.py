@@ -42,3 +42,15 @@ def own(tmp_path):
         return load(path, **options)
 
     return write
+
+
+def assert_sound(split, data):
+    """Forget and retain partition the facts, the halves partition forget, retain is cut 80 / 20 in file order."""
+    parts = (split.attack_train, split.attack_test, split.retain_train, split.retain_test)
+    keys = [f.key for part in parts for f in part]
+    assert len(keys) == len(set(keys)) == len(data)
+    assert {f.key for f in split.attack_train} | {f.key for f in split.attack_test} == {f.key for f in split.forget}
+    forgotten = {f.key for f in split.forget}
+    rest = [f for f in data if f.key not in forgotten]
+    assert [*split.retain_train, *split.retain_test] == rest
+    assert len(split.retain_train) == int(0.8 * len(rest) + 1e-9)

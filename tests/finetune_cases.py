@@ -25,3 +25,8 @@ def difference(one: dict, other: dict, base: dict) -> float:
     """Norm of the difference of two sets of weights, relative to the norm of the change."""
     gap = sum((one[name] - other[name]).square().sum() for name in one)
     return math.sqrt(gap / sum((one[name] - base[name]).square().sum() for name in one))
+
+
+def new_weights(edit: Edit, model) -> dict[str, torch.Tensor]:
+    with edit.applied(model):
+        return {name: model.hf.get_parameter(name).detach().clone() for name in edit.values}

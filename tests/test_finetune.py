@@ -5,13 +5,12 @@ from dataclasses import replace
 import pytest
 import small
 import torch
-from finetune_cases import QUICK, difference, equal, run
+from finetune_cases import QUICK, difference, equal, new_weights, run
 from torch.nn import functional as F
 
 from helpers import prompts
 from helpers.masks import mask
 from helpers.selection import everything
-from helpers.unlearning.edit import Edit
 from helpers.unlearning.finetune import build_terms, finetune
 from helpers.unlearning.objectives import RMU, EditAnswer
 from helpers.unlearning.terms import draws
@@ -69,11 +68,6 @@ def plain(model, chosen, settings: Settings, seed: int = 0) -> tuple[dict[str, t
         for name, value in before.items():
             hf.get_parameter(name).copy_(value)
     return after, log
-
-
-def new_weights(edit: Edit, model) -> dict[str, torch.Tensor]:
-    with edit.applied(model):
-        return {name: model.hf.get_parameter(name).detach().clone() for name in edit.values}
 
 
 @pytest.mark.parametrize("kind", ["whole", "single weights"])

@@ -8,7 +8,7 @@ from dataclasses import replace
 import pytest
 import small
 import torch
-from finetune_cases import QUICK, difference, equal, run
+from finetune_cases import QUICK, difference, equal, new_weights, run
 
 from helpers import prompts
 from helpers.facts import Facts

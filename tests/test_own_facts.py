@@ -1,7 +1,7 @@
 """A user's own facts: what a file and its templates need, and what they may get wrong."""
 
 import pytest
-from facts_cases import CAPITALS, SPORTS, athletes, own
+from facts_cases import CAPITALS, SPORTS, assert_sound, athletes, own
 
 from helpers import facts
 from helpers.facts import FactsError, load

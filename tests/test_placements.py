@@ -3,7 +3,6 @@
 from dataclasses import replace
 
 import attacks_cases as cases
-import pandas as pd
 import pytest
 import small
 

@@ -1,7 +1,6 @@
 """Prompts: each format's text, and multiple choice."""
 
 import itertools
-import random
 import re
 from dataclasses import replace
 

@@ -6,22 +6,10 @@ import subprocess
 import sys
 
 import pytest
-from facts_cases import CAPITALS, PUBLISHED, SPORTS, TEMPLATES, athletes, needs_published, own, world
+from facts_cases import CAPITALS, PUBLISHED, SPORTS, TEMPLATES, assert_sound, athletes, needs_published, own, world
 
 from helpers import facts, splits
 from helpers.facts import FactsError, load
-
-
-def assert_sound(split, data):
-    """Forget and retain partition the facts, the halves partition forget, retain is cut 80 / 20 in file order."""
-    parts = (split.attack_train, split.attack_test, split.retain_train, split.retain_test)
-    keys = [f.key for part in parts for f in part]
-    assert len(keys) == len(set(keys)) == len(data)
-    assert {f.key for f in split.attack_train} | {f.key for f in split.attack_test} == {f.key for f in split.forget}
-    forgotten = {f.key for f in split.forget}
-    rest = [f for f in data if f.key not in forgotten]
-    assert [*split.retain_train, *split.retain_test] == rest
-    assert len(split.retain_train) == int(0.8 * len(rest) + 1e-9)
 
 
 @pytest.mark.parametrize("n", [1, 16, 64])
