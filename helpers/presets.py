@@ -8,7 +8,8 @@
 A preset is `""` (the defaults), `"paper"` (published; `data/presets.yaml`) or `"tuned"` (found here on practice facts; fields of
 `Settings` in `data/tuned/<model>/<task>/<mask>.yaml`, where there is one). Published settings are never stretched: what the
 paper did not train raises `PresetError` with a list of what it did. One exception is stated by `source`: a window of MLPs, the control
-for depth that the paper lacks, gets the settings of the lookup MLPs, as the paper gave their rate to every choice of MLPs.
+for depth that the paper lacks, gets the settings of the lookup MLPs where it has none of its own, as the paper gave their rate to every
+choice of MLPs.
 """
 
 from __future__ import annotations
