@@ -66,7 +66,7 @@ class Present:
 def read(*sources: Path | str, notebooks: Path | None = None, **where: Any) -> pd.DataFrame:
     """The rows of finished runs in SCHEMA, those whose columns have the value, or one of the values, in `where`.
 
-    `sources`: folders of runs, files made by `pack`. Of a run that is in several, the one started last counts.
+    `sources`: folders of runs, files made by `pack`; none give no rows. Of a run that is in several, the one started last counts.
     `notebooks`: their folder, if it is not the project's. Raises StoreError.
     """
     return _table(sources, notebooks, SCHEMA, where).to_pandas()
@@ -104,8 +104,10 @@ def pack(sources: Sequence[Path | str], target: Path, notebooks: Path | None = N
 def sources(place: Path | str) -> list[Path]:
     """What a place holds for `read`: the packed files of a folder that has any, else the folder or file itself; nothing where nothing is.
 
-    A relative place counts from the project's root.
+    A relative place counts from the project's root; "" is no place.
     """
+    if not str(place):
+        return []
     root = provenance.project_root() / place
     return (sorted(root.glob("*.parquet")) or [root]) if root.is_dir() else [root] if root.exists() else []
 

@@ -118,5 +118,5 @@ def test_errors():
     for wrong in (dict(steps=0), dict(direction="back"), dict(rule="left")):
         with pytest.raises(ValueError, match="steps are 1 or more, directions denoise, noise, rules gauss, right"):
             attribute(model, both, **wrong)
-    with pytest.raises(TracingError, match="resid_pre at layer 3: allowed layers are 0 to 2"):
+    with pytest.raises(TracingError, match="cut 3: .* has layers 0 to 2"):
         attribute(model, both, cut=3)

@@ -18,6 +18,7 @@ over several layers would count the same change more than once.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import numpy as np
 import pandas as pd
@@ -31,6 +32,7 @@ from helpers.localization.patching import DIRECTIONS
 from helpers.localization.recovery import describe, measure
 from helpers.models import Component, Model
 from helpers.progress import progress
+from helpers.sites import TracingError
 
 KINDS = {"head": "head", "attn": "attn_out", "mlp": "mlp_out"}
 RULES = ("gauss", "right")
@@ -63,27 +65,22 @@ def attribute(
     unknown = [kind for kind in kinds if kind not in KINDS]
     if unknown or not kinds:
         raise ValueError(f"kinds {unknown or list(kinds)}: allowed are {', '.join(KINDS)}")
+    if not 0 <= cut < model.n_layers:
+        raise TracingError(f"cut {cut}: {model.name} has layers 0 to {model.n_layers - 1}")
     nodes = _nodes(steps, direction, rule)
     wanted = [(kind, layer) for layer in range(cut, model.n_layers) for kind in kinds]
 
-    def work(rows: torch.Tensor) -> pd.DataFrame:
+    def work(rows: torch.Tensor) -> tuple[torch.Tensor, ...]:
         sites = [(KINDS[kind], layer) for kind, layer in wanted]
-        ends, moves, means = _line(model, pairs[rows], sites, nodes, cut, direction)
-        tables = []
-        for kind, layer in wanted:
-            effect = (moves[KINDS[kind], layer] * means[KINDS[kind], layer]).cpu().double()
-            # (row, position, feature), for heads (row, position, head, feature)
-            by_unit = effect.sum((1, 3)) if kind == "head" else effect.sum((1, 2))[:, None]
-            for head in range(by_unit.shape[1]):
-                component = Component(kind, layer, head if kind == "head" else None)
-                table = pd.DataFrame({"row": rows.numpy(), "component": str(component), "kind": kind, "layer": layer})
-                tables.append(table.assign(head=component.head, effect=by_unit[:, head].numpy(), **ends))
-        return pd.concat([table.astype({"head": "Int64"}) for table in tables])
+        line = _line(model, pairs[rows], sites, nodes, cut, direction)
+        # products of (row, position, feature), for heads (row, position, head, feature)
+        effects = [(line.moves[site] * line.means[site]).double().sum((1, -1)).view(len(rows), -1).T.cpu() for site in sites]
+        return torch.cat(effects), line.ld["clean"], line.ld["corrupt"]
 
-    table = pd.concat(over_rows(work, len(pairs), batch_size))
-    order = {component: number for number, component in enumerate(dict.fromkeys(table["component"]))}
-    table = table.sort_values(["component", "row"], key=lambda c: c.map(order) if c.name == "component" else c)
-    return _named(table.reset_index(drop=True), pairs).assign(score=lambda t: t["effect"].abs())
+    effects, *ends = (torch.cat(parts, dim=-1) for parts in zip(*over_rows(work, len(pairs), batch_size)))
+    heads = {kind: range(model.n_heads) if kind == "head" else [None] for kind in kinds}
+    components = [Component(kind, layer, head) for kind, layer in wanted for head in heads[kind]]
+    return _lay_out(pairs, components, effects, *ends)
 
 
 def completeness(
@@ -100,50 +97,55 @@ def completeness(
     """
     nodes = _nodes(steps, "noise", rule)
 
-    def work(rows: torch.Tensor) -> pd.DataFrame:
+    def work(rows: torch.Tensor) -> tuple[torch.Tensor, ...]:
         site = ("resid_pre", cut)
-        ends, moves, means = _line(model, pairs[rows], [site], nodes, cut, "noise")
-        attributed = (moves[site] * means[site]).cpu().double().sum((1, 2))
-        return pd.DataFrame({"row": rows.numpy(), "attributed": attributed.numpy(), **ends})
+        line = _line(model, pairs[rows], [site], nodes, cut, "noise")
+        return (line.moves[site] * line.means[site]).double().sum((1, 2)).cpu(), line.ld["clean"], line.ld["corrupt"]
 
-    table = _named(pd.concat(over_rows(work, len(pairs), batch_size), ignore_index=True), pairs)
+    values = (torch.cat(parts).numpy() for parts in zip(*over_rows(work, len(pairs), batch_size)))
+    table = pd.DataFrame(_facts(pairs) | dict(zip(("attributed", "ld_clean", "ld_corrupt"), values)))
     change = table["ld_corrupt"] - table["ld_clean"]
     return table.assign(error=(table["attributed"] - change).abs() / change.abs())
 
 
-def _line(
-    model: Model,
-    pairs: Pairs,
-    sites: list[tuple[str, int]],
-    nodes: list[tuple[float, float]],
-    cut: int,
-    direction: str,
-) -> tuple[dict, dict, dict]:
-    """LD at both ends, the move of each activation from start to end, and its mean gradient along the line.
+@dataclass(frozen=True)
+class _Line:
+    """From one run to the other: LD (b,) at both ends, and by site what the activation moves by and its mean gradient."""
 
-    Returns ({`ld_clean`, `ld_corrupt`}, site → move, site → gradient); `nodes` are (share of clean, weight).
-    """
-    answers = pairs.answers
+    ld: dict[str, torch.Tensor]
+    moves: dict[tuple[str, int], torch.Tensor]
+    means: dict[tuple[str, int], torch.Tensor]
+
+
+def _line(model: Model, pairs: Pairs, sites: list[tuple[str, int]], nodes: list[tuple[float, float]], cut: int, direction: str) -> _Line:
+    """Gradients along the line between two runs; `nodes` are (share of clean, weight)."""
+    answers, size = pairs.answers, len(pairs)
+    prompts = {"clean": pairs.clean, "corrupt": pairs.corrupted}
+    start, end = DIRECTIONS[direction]
 
     def metric(logits: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
         pair = logits.gather(1, answers[rows.cpu()].to(logits.device))
         return pair[:, 0] - pair[:, 1]
 
+    if len(nodes) == 1:  # the start of the line is a run as it is
+        ld, found = tracing.gradients(model, prompts[start], sites, metric, batch_size=size)
+        there = tracing.read(model, prompts[end], sites, batch_size=size)
+        ends = {start: ld.double().cpu(), end: measure(there.logits, answers)["ld"]}
+        moves = {site: there[site] - value for site, (value, _) in found.items()}
+        return _Line(ends, moves, {site: gradient for site, (_, gradient) in found.items()})
+
     everything = list(dict.fromkeys([("resid_pre", cut), *sites]))
-    prompts = {"clean": pairs.clean, "corrupt": pairs.corrupted}
-    at = {name: tracing.read(model, part, everything, batch_size=len(part)) for name, part in prompts.items()}
+    at = {name: tracing.read(model, part, everything, batch_size=size) for name, part in prompts.items()}
     clean, corrupt = (at[name]["resid_pre", cut] for name in ("clean", "corrupt"))
     everywhere = torch.ones_like(pairs.clean.mask, dtype=torch.bool, device="cpu")
-    means = {site: 0 for site in sites}
+    means = dict.fromkeys(sites, 0)
     for share, weight in progress(nodes, "gradients", len(nodes)):
         point = Intervention("resid_pre", cut, everywhere, corrupt + share * (clean - corrupt))
         # with the residual set at every position, nothing above the cut depends on the tokens
-        _, found = tracing.gradients(model, prompts["clean"], sites, metric, [point], batch_size=len(pairs))
-        for site in sites:
-            means[site] = means[site] + weight * found[site][1]
-    start, end = (at[name] for name in DIRECTIONS[direction])
-    ends = {f"ld_{name}": measure(at[name].logits, pairs.answers)["ld"].numpy() for name in at}
-    return ends, {site: end[site] - start[site] for site in sites}, means
+        _, found = tracing.gradients(model, prompts["clean"], sites, metric, [point], batch_size=size)
+        means = {site: means[site] + weight * gradient for site, (_, gradient) in found.items()}
+    ends = {name: measure(run.logits, answers)["ld"] for name, run in at.items()}
+    return _Line(ends, {site: at[end][site] - at[start][site] for site in sites}, means)
 
 
 def _nodes(steps: int, direction: str, rule: str) -> list[tuple[float, float]]:
@@ -163,9 +165,15 @@ def _nodes(steps: int, direction: str, rule: str) -> list[tuple[float, float]]:
     return [(float(share), float(weight)) for share, weight in zip((x + 1) / 2, w / 2)]
 
 
-def _named(table: pd.DataFrame, pairs: Pairs) -> pd.DataFrame:
-    """The table with the columns that say which fact a row is about in place of `row`."""
-    row = table.pop("row")
-    facts = describe(pairs.clean) | {"counterfactual": [fact.subject for fact in pairs.corrupted.facts]}
-    named = pd.DataFrame({name: [values[i] for i in row] for name, values in facts.items()})
-    return named.join(table.reset_index(drop=True))
+def _facts(pairs: Pairs) -> dict[str, list[str]]:
+    """The columns that say which fact and which partner a row is about."""
+    return describe(pairs.clean) | {"counterfactual": [fact.subject for fact in pairs.corrupted.facts]}
+
+
+def _lay_out(pairs: Pairs, components: Sequence[Component], effects: torch.Tensor, clean: torch.Tensor, corrupt: torch.Tensor) -> pd.DataFrame:
+    """The table of effects (components, n), with LD (n,) of both runs, by component and fact."""
+    told = {"component": map(str, components)} | {name: [getattr(c, name) for c in components] for name in ("kind", "layer", "head")}
+    columns = {name: cells * len(components) for name, cells in _facts(pairs).items()}
+    columns |= {name: [cell for cell in cells for _ in range(len(pairs))] for name, cells in told.items()}
+    table = pd.DataFrame(columns).astype({"head": "Int64"}).assign(effect=effects.flatten().numpy(), score=effects.abs().flatten().numpy())
+    return table.assign(ld_clean=clean.repeat(len(components)).numpy(), ld_corrupt=corrupt.repeat(len(components)).numpy())

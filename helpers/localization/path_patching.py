@@ -219,12 +219,12 @@ class _Part:
 
     @contextmanager
     def _one_query(self, layer: int, length: int) -> Iterator[None]:
-        """Within the block a layer computes one query in place of `length` that nobody wants, where queries are a module of their own."""
+        """Within the block a layer computes one query, of one head, in place of `length` that nobody wants, where queries are a module of their own."""
         with ExitStack() as hooks:
             if self.model.matrix("q", layer)[1] is None:
-                query = self.model.part("q", layer)
+                query, own = self.model.part("q", layer), self.model.d_head
                 hooks.callback(query.register_forward_pre_hook(lambda _, inputs: (inputs[0][:, :1],)).remove)
-                hooks.callback(query.register_forward_hook(lambda _, __, output: output.expand(-1, length, -1)).remove)
+                hooks.callback(query.register_forward_hook(lambda _, __, output: output[..., :own].expand(-1, length, -1)).remove)
             yield
 
     def attention_out(self, layer: int, z: torch.Tensor) -> torch.Tensor:
