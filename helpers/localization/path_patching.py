@@ -207,15 +207,19 @@ class _Part:
 
     def _attend(self, layer: int, read: torch.Tensor, last: bool) -> None:
         """Run an attention on what it reads, for the `last` query alone once all keys and values are known."""
-        attention, rows, memory = self.model.attention(layer), torch.arange(len(read)), Memory()
-        stop, start = read.shape[1], read.shape[1] - 1 if last else 0
-        if start:
+        attention, rows, memory, stop = self.model.attention(layer), torch.arange(len(read)), Memory(), read.shape[1]
+
+        def run(columns: slice) -> None:
+            tokens = read[:, columns].contiguous()  # products with a strided slice would be slow
+            with suppress(Known):
+                attention(hidden_states=tokens, **self.corrupt.given(layer, rows, columns, memory))
+
+        if last and stop > 1:
             memory.suffices = True
-            with suppress(Known), self._one_query(layer, start):  # products with a strided slice would be slow
-                attention(hidden_states=read[:, :start].contiguous(), **self.corrupt.given(layer, rows, slice(0, start), memory))
+            with self._one_query(layer, stop - 1):
+                run(slice(0, stop - 1))
             memory.suffices = False
-        with suppress(Known):
-            attention(hidden_states=read[:, start:], **self.corrupt.given(layer, rows, slice(start, stop), memory))
+        run(slice(stop - 1 if last else 0, stop))
 
     @contextmanager
     def _one_query(self, layer: int, length: int) -> Iterator[None]:
@@ -223,7 +227,7 @@ class _Part:
         with ExitStack() as hooks:
             if self.model.matrix("q", layer)[1] is None:
                 query, own = self.model.part("q", layer), self.model.d_head
-                hooks.callback(query.register_forward_pre_hook(lambda _, inputs: (inputs[0][:, :1],)).remove)
+                hooks.callback(query.register_forward_pre_hook(lambda _, inputs: (inputs[0][:, :1].contiguous(),)).remove)
                 hooks.callback(query.register_forward_hook(lambda _, __, output: output[..., :own].expand(-1, length, -1)).remove)
             yield
 
