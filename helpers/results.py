@@ -72,6 +72,20 @@ def costs(long: pd.DataFrame, by: Sequence[str] = ("localization",)) -> pd.DataF
     return means.assign(collapse=lost).droplevel([name for name in keys if name not in by])
 
 
+def edits(long: pd.DataFrame, by: str = "localization") -> pd.DataFrame:
+    """`costs` of each edit: one row a `mask` and `seed`, with `collapsed`. `by="method"`: of each method, under `mask` all the same."""
+    table = costs(long, [by, "seed"]).drop(index={"localization": "none", "method": "base"}[by], level=0, errors="ignore")
+    return table.reset_index(names=["mask", "seed"]).assign(collapsed=lambda t: t["collapse"] != "")
+
+
+def over_seeds(made: pd.DataFrame) -> pd.DataFrame:
+    """One row a mask from those of `edits`: means over its seeds, `collapsed`, whether any edit did, and `why`."""
+    groups = made.groupby("mask", sort=False)
+    why = lambda reasons: "; ".join(dict.fromkeys(filter(None, reasons)))
+    flags = groups.agg(collapsed=("collapsed", "max"), why=("collapse", why))
+    return made.drop(columns=["seed", "collapse", "collapsed"]).groupby("mask", sort=False).mean().join(flags)
+
+
 def pooled(long: pd.DataFrame, stored: pd.DataFrame) -> pd.DataFrame:
     """Long results with a column `model`, and those stored ones of the same models, facts, methods and masks; one row a value."""
     same = ["model", "facts", "method", "localization"]

@@ -56,6 +56,22 @@ def test_costs_are_the_top1_means_and_say_why_a_model_counts_as_wrecked(evaluate
     assert both["a", "lookup"] == results.costs(long)["collapse"]["lookup"] != "" and both["b", "lookup"] == ""
 
 
+def test_costs_of_each_edit_and_their_means_over_seeds(evaluated):
+    base = evaluated.assign(method="base", mask="none", seed=0)
+    forgetful = evaluated.assign(seed=4, top_true=evaluated["top_true"].where(evaluated["group"] != "retain", 0.0))
+    rows = pd.concat([base, evaluated, forgetful, evaluated.assign(mask="everything", method="npo")])
+    long = results.of_evaluations(rows, facts="athletes first-16", n=cases.N_FORGET)
+    made, costs = results.edits(long), results.costs(long, ["localization", "seed"])
+    assert list(zip(made["mask"], made["seed"])) == [("lookup", 3), ("lookup", 4), ("everything", 3)]
+    for row in made.itertuples():
+        assert row.retain == costs.loc[(row.mask, row.seed), "retain"] and row.collapsed == (costs.loc[(row.mask, row.seed), "collapse"] != "")
+    means = results.over_seeds(made)
+    assert means["retain"].to_dict() == pytest.approx(made.groupby("mask")["retain"].mean().to_dict())
+    assert means["collapsed"].to_dict() == {"lookup": True, "everything": False}
+    assert means["why"]["lookup"].startswith("retain") and means["why"]["everything"] == ""
+    assert set(results.edits(long, "method")["mask"]) == {evaluated["method"].iloc[0], "npo"}
+
+
 def test_stored_rows_of_the_same_edits_are_added_and_none_counts_twice(evaluated):
     both = pd.concat([evaluated, evaluated.assign(seed=4), evaluated.assign(method="base", mask="none")])
     rows = results.of_evaluations(both, facts="athletes first-16", n=cases.N_FORGET).assign(model="a")
