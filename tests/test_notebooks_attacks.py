@@ -56,6 +56,16 @@ def test_the_worst_case_lies_between_no_attack_and_the_ceiling(rows):
         assert (worst[worst["access"] == access].set_index("mask")["recovered"] <= spoken).all()
 
 
+def test_what_is_shown_over_seeds_are_means_of_the_stored_rows(rows, stored):
+    shown = rows[rows["measure"] == "over seeds"].set_index(["label", "mask"])["value"]
+    for mask in MASKS:
+        own = stored[stored["localization"] == mask]
+        worst = own[(own["attack"] == f"worst: {SPOKEN}") & (own["measure"] == "forget top1")]["value"].mean()
+        probed = own[(own["attack"] == "probe") & (own["measure"] == "probe_true top1")]["value"].mean()
+        assert shown["worst case, model answers", mask] == pytest.approx(worst)
+        assert shown["probe, upper layers", mask] == pytest.approx(probed)
+
+
 def test_checks_that_hold_for_every_model(folder):
     checks = cases.holds(folder)
     assert checks["after all edits and attacks the model answers as before, to the last bit"]
@@ -71,7 +81,7 @@ def test_claims_read_the_rows_and_a_quick_run_decides_none(rows, stored):
 
 
 def test_figures(folder):
-    assert {"asking", "weights", "relearning", "probes", "worst"} <= {path.stem for path in (folder / "figures").glob("*.png")}
+    assert {"asking", "weights", "relearning", "probes", "worst", "seeds"} <= {path.stem for path in (folder / "figures").glob("*.png")}
 
 
 @pytest.mark.parametrize("given, said", [({"method": "prune"}, "there are finetune, unlearn, sequential"), ({"masks": "luckup"}, "there are lookup")])

@@ -9,7 +9,7 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from helpers import store
+from helpers import presets, store
 from helpers.explanations import MEASURES
 from helpers.facts import DATA
 
@@ -44,7 +44,7 @@ def folder(tmp_path_factory):
     shutil.copytree(DATA / "models" / COPIED, late)
     (late / "recipe.json").write_text(json.dumps(recipe(COPIED) | {"frozen_blocks": 1}))
     by_depth(recipe(MODEL)["n_layers"]).to_parquet(out / "stored.parquet", index=False)
-    return cases.executed("09_mechanism_or_depth", out, seed=SEED, rows=str(out / "stored.parquet"), dissociating=str(late))
+    return cases.executed("09_mechanism_or_depth", out, seed=SEED, rows=str(out / "stored.parquet"), dissociating=str(late), lookup="0,1,2,3,4")
 
 
 @pytest.fixture(scope="module")
@@ -68,12 +68,22 @@ def test_windows_and_parts_are_edited_measured_and_relearned(made):
     assert len(windows) >= 5
     assert {"none", "gate", "up", "down", "gate + up + down"} <= set(own["localization"])
     assert set(own["facts"]) == {"athletes first-16"} and set(own["seed"]) == {SEED}
-    assert not made.duplicated(["model", "localization", "seed", "attack", "fact", "measure"]).any()
-    for name in set(own["localization"]) - {"none"}:
-        part = own[own["localization"] == name]
+    assert not made.duplicated(["model", "method", "localization", "seed", "attack", "fact", "measure"]).any()
+    for name, method in own.loc[own["localization"] != "none", ["localization", "method"]].drop_duplicates().itertuples(index=False):
+        part = own[(own["localization"] == name) & (own["method"] == method)]
         assert (part["measure"][part["attack"] == "none"] == MEASURES[0].measure).sum() == N_FACTS
         relearned = part[part["attack"].str.startswith("relearn lora") & (part["measure"] == "forget top1")]
         assert len(relearned) == N_FACTS / 2
+
+
+def test_windows_with_settings_of_their_own_are_edited_with_those_of_lookup_too(made, rows):
+    settings = {name: presets.settings("tuned", MODEL, "athletes", name, presets.SMALL) for name in ("lookup", *made["localization"].unique())}
+    differ = {name for name in settings if name.startswith("MLP ") and settings[name] != settings["lookup"]}
+    again = made[made["method"] == "finetune, settings of lookup"]
+    assert set(again["localization"]) == differ & set(made.loc[made["model"] == MODEL, "localization"]) != set()
+    shown = rows[(rows["measure"] == "window") & (rows["label"] == MEASURES[0].label)].set_index(["localization", "settings"])["value"].unstack()
+    same = ~shown.index.isin(differ)
+    assert shown[same].nunique(axis=1).eq(1).all() and len(shown) == made.loc[made["localization"].isin(shown.index), "localization"].nunique()
 
 
 def test_the_whole_mlp_is_the_window_of_the_lookup_mlps(made, checks):
