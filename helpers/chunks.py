@@ -1,4 +1,11 @@
-"""Work through many rows in chunks that fit into memory: on out-of-memory the chunk is halved and the work goes on."""
+"""Work through many rows in chunks that fit into memory.
+
+    parts = over_prompts(work, model, prompts, 64)     # at most 64 prompts at a time, fewer where less memory is free
+    parts = over_rows(work, 960, 64)                   # the same for rows of any kind, without a look at what is free
+
+Should a chunk be too large all the same, it is halved and the work goes on. (On a CPU nobody may say so: the system ends a process
+that takes too much. Hence the look before.)
+"""
 
 from __future__ import annotations
 
@@ -8,7 +15,12 @@ from typing import TypeVar
 
 import torch
 
+from helpers.models import Model
+from helpers.promptsets import PromptSet
+
 T = TypeVar("T")
+
+SHARE = 0.5  # of the memory that is free, for a chunk
 
 # What allocators say, in lower case, where they raise a plain RuntimeError.
 _SAID = ("out of memory", "defaultcpuallocator: can't allocate memory", "not enough memory")
@@ -47,6 +59,38 @@ def over_rows(
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
     return results
+
+
+def over_prompts(
+    work: Callable[[torch.Tensor], T], model: Model, prompts: PromptSet, batch_size: int, order: torch.Tensor | None = None
+) -> list[T]:
+    """`over_rows` for work that runs the model on prompts and keeps activations of every layer: as many at a time as fit."""
+    return over_rows(work, len(prompts), fitting(model, prompts.tokens.shape[1], batch_size), order)
+
+
+def fitting(model: Model, tokens: int, most: int) -> int:
+    """How many prompts of so many tokens to take at a time: as many as fit into SHARE of what is free, at most `most`, at least one."""
+    return min(most, max(1, int(SHARE * free(model.device) // bytes_a_prompt(model, tokens))))
+
+
+def bytes_a_prompt(model: Model, tokens: int) -> int:
+    """What a clean and a corrupted run with all their activations, or gradients through every layer, take for one prompt.
+
+    Numbers a token and layer, rounded up from what PyTorch keeps of the families here: residual, norms and sums, each head's
+    query, key, value and output, hidden neurons, and attention before and after the softmax.
+    """
+    numbers = 12 * model.d_model + 4 * model.n_heads * model.d_head + 3 * model.d_mlp + 4 * model.n_heads * tokens
+    return tokens * model.n_layers * numbers * model.dtype.itemsize
+
+
+def free(device: str | torch.device) -> int:
+    """Bytes that are free on a device now (on the CPU: of main memory)."""
+    if torch.device(device).type == "cuda":
+        kept = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)  # by torch, for what comes next
+        return torch.cuda.mem_get_info(device)[0] + kept
+    import psutil  # comes with Jupyter; nothing else here needs it
+
+    return psutil.virtual_memory().available
 
 
 def is_out_of_memory(error: BaseException) -> bool:

@@ -26,6 +26,7 @@ from torch.utils.weak import WeakIdKeyDictionary
 from transformers import AutoModelForCausalLM, PreTrainedConfig
 
 from helpers import checkpoints
+from helpers.chunks import free
 from helpers.localization.engine import Run
 from helpers.masks import Mask
 from helpers.models import Model
@@ -112,7 +113,7 @@ def of_edit(model: Model, chosen: Mask, settings: Settings = Settings(), prompt_
 def of_localization(model: Model, rows: int = 64, tokens: int = 32) -> Estimate:
     """What patching and attribution take in chunks of so many prompts, for a loaded model or a skeleton.
 
-    Chunks are halved by themselves when memory runs out, so this says how fast it will be rather than whether it goes.
+    Chunks are made to fit (`chunks.fitting`), so this says how fast it will be rather than whether it goes.
     """
     bare = skeleton(model)
     ones = torch.ones(rows, tokens, dtype=torch.int64)
@@ -129,15 +130,6 @@ def of_localization(model: Model, rows: int = 64, tokens: int = 32) -> Estimate:
     weights = sum(p.numel() for p in bare.hf.parameters()) * bare.dtype.itemsize
     parts = {"weights": weights, f"a clean and a corrupted run of {rows}": 2 * run}
     return Estimate(parts | {"what attribution adds": max(0, gradients - 2 * run)}, title=f"{bare.name}: localization")
-
-
-def free(device: str | torch.device) -> int:
-    """Bytes that are free on a device now (on the CPU: of main memory)."""
-    if torch.device(device).type == "cuda":
-        return torch.cuda.mem_get_info(device)[0]
-    import psutil  # comes with Jupyter; nothing else here needs it
-
-    return psutil.virtual_memory().available
 
 
 def advice(model: Model, chosen: Mask, settings: Settings, room: int, **sizes: int) -> list[str]:

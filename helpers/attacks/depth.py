@@ -21,7 +21,7 @@ import torch
 from helpers import metrics
 from helpers.attacks.invented import CONTROL, invent_names
 from helpers.attacks.rows import FACT, AttackError, tidy, with_readings
-from helpers.chunks import over_rows
+from helpers.chunks import over_prompts
 from helpers.facts import Facts
 from helpers.interventions import Intervention
 from helpers.localization.engine import Run, flush_right
@@ -76,7 +76,7 @@ def patch(model: Model, edit: Edit, split: Split, *, format: str = "one_shot", p
             tables += _patched("reference", original, absent, part, split.forget, positions, control)
         return pd.concat(tables)
 
-    table = pd.concat(over_rows(work, len(asked), batch_size))
+    table = pd.concat(over_prompts(work, model, asked, batch_size))
     return table.sort_values(["direction", "position", "layer"], kind="stable", ignore_index=True)
 
 

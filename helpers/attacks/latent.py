@@ -15,7 +15,7 @@ import torch
 
 from helpers import metrics
 from helpers.attacks.rows import AttackError, applied, kept, tidy, with_readings
-from helpers.chunks import over_rows
+from helpers.chunks import over_prompts
 from helpers.facts import Facts
 from helpers.localization import probes as linear
 from helpers.localization.engine import Run, flush_right
@@ -69,7 +69,7 @@ def states(model: Model, prompts: PromptSet, positions: Sequence[str] = POSITION
         at = torch.stack([batch.index(position) for position in positions], dim=1)
         return torch.stack([run[site][every[:, None], at].float().cpu() for site in layers], dim=2)
 
-    return torch.cat(over_rows(work, len(prompts), batch_size))
+    return torch.cat(over_prompts(work, model, prompts, batch_size))
 
 
 def _lessons(split: Split, relation: str, n_train: int | None) -> Facts:

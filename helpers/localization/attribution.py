@@ -25,7 +25,7 @@ import pandas as pd
 import torch
 
 from helpers import tracing
-from helpers.chunks import over_rows
+from helpers.chunks import over_prompts
 from helpers.interventions import Intervention
 from helpers.localization.counterfactual import Pairs
 from helpers.localization.patching import DIRECTIONS
@@ -77,7 +77,7 @@ def attribute(
         effects = [(line.moves[site] * line.means[site]).double().sum((1, -1)).view(len(rows), -1).T.cpu() for site in sites]
         return torch.cat(effects), line.ld["clean"], line.ld["corrupt"]
 
-    effects, *ends = (torch.cat(parts, dim=-1) for parts in zip(*over_rows(work, len(pairs), batch_size)))
+    effects, *ends = (torch.cat(parts, dim=-1) for parts in zip(*over_prompts(work, model, pairs.clean, batch_size)))
     heads = {kind: range(model.n_heads) if kind == "head" else [None] for kind in kinds}
     components = [Component(kind, layer, head) for kind, layer in wanted for head in heads[kind]]
     return _lay_out(pairs, components, effects, *ends)
@@ -102,7 +102,7 @@ def completeness(
         line = _line(model, pairs[rows], [site], nodes, cut, "noise")
         return (line.moves[site] * line.means[site]).double().sum((1, 2)).cpu(), line.ld["clean"], line.ld["corrupt"]
 
-    values = (torch.cat(parts).numpy() for parts in zip(*over_rows(work, len(pairs), batch_size)))
+    values = (torch.cat(parts).numpy() for parts in zip(*over_prompts(work, model, pairs.clean, batch_size)))
     table = pd.DataFrame(_facts(pairs) | dict(zip(("attributed", "ld_clean", "ld_corrupt"), values)))
     change = table["ld_corrupt"] - table["ld_clean"]
     return table.assign(error=(table["attributed"] - change).abs() / change.abs())

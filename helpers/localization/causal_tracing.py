@@ -20,7 +20,7 @@ from collections.abc import Sequence
 import pandas as pd
 import torch
 
-from helpers.chunks import over_rows
+from helpers.chunks import over_prompts
 from helpers.localization.engine import Run, flush_right
 from helpers.localization.patching import Unit, by_distance, every, sweep, tidy
 from helpers.localization.positions import choose
@@ -129,7 +129,7 @@ def _trace(
             table[f"{name}_clean"] = values.numpy()[table["at"]]
         return table
 
-    tables = over_rows(work, len(prompts), batch_size, by_distance(prompts))
+    tables = over_prompts(work, model, prompts, batch_size, by_distance(prompts))
     return add_scores(tidy(tables, units, describe(prompts))).assign(samples=samples)
 
 

@@ -22,7 +22,7 @@ import numpy as np
 import pandas as pd
 import torch
 
-from helpers.chunks import over_rows
+from helpers.chunks import over_prompts
 from helpers.interventions import Intervention
 from helpers.localization.counterfactual import Pairs
 from helpers.localization.engine import Run, flush_right
@@ -183,7 +183,7 @@ def faithfulness(
             tables.append(pd.DataFrame(row | ends | {"ld_patched": measure(logits, part.answers)["ld"]}))
         return pd.concat(tables)
 
-    table = pd.concat(over_rows(work, len(pairs), batch_size)).sort_values(["case", "fact"], ignore_index=True)
+    table = pd.concat(over_prompts(work, model, pairs.clean, batch_size)).sort_values(["case", "fact"], ignore_index=True)
     return table.drop(columns="case")
 
 
@@ -235,7 +235,7 @@ def _means(model: Model, pairs: Pairs, keep: Sequence[str], batch_size: int) -> 
         real, keys = run.batch.mask, [(site, layer) for site in keep for layer in range(model.n_layers)]
         return {key: run[key][real].sum(0, dtype=torch.float64) for key in keys} | {"n": int(real.sum())}
 
-    parts = over_rows(work, len(pairs), batch_size)
+    parts = over_prompts(work, model, pairs.clean, batch_size)
     n = sum(part.pop("n") for part in parts)
     return {key: sum(part[key] for part in parts) / n for key in parts[0]}
 

@@ -34,7 +34,7 @@ from dataclasses import dataclass, field
 import pandas as pd
 import torch
 
-from helpers.chunks import over_rows
+from helpers.chunks import over_prompts
 from helpers.interventions import KnockOut
 from helpers.localization import probes
 from helpers.localization.counterfactual import Pairs
@@ -225,7 +225,7 @@ def attention_cuts(model: Model, pairs: Pairs, batch_size: int = 64) -> pd.DataF
         base = {"fact": rows, **describe(part.clean), "ld_clean": ld[-1], "ld_corrupt": ld[0]}
         return pd.concat([pd.DataFrame(base | {"from_layer": l, "ld_patched": x}) for l, x in enumerate(ld)])
 
-    return pd.concat(over_rows(work, len(pairs), batch_size)).sort_values(["from_layer", "fact"], ignore_index=True)
+    return pd.concat(over_prompts(work, model, pairs.clean, batch_size)).sort_values(["from_layer", "fact"], ignore_index=True)
 
 
 def beyond(batch: Batch) -> torch.Tensor:

@@ -17,7 +17,7 @@ from collections.abc import Sequence
 import pandas as pd
 import torch
 
-from helpers.chunks import over_rows
+from helpers.chunks import over_prompts
 from helpers.interventions import KnockOut
 from helpers.localization.engine import Run, flush_right
 from helpers.localization.patching import around
@@ -73,7 +73,7 @@ def knock_out(
             tables.append(pd.DataFrame({"number": number, "row": rows[at].numpy(), **values}))
         return pd.concat(tables) if tables else pd.DataFrame()
 
-    table = pd.concat(over_rows(work, len(prompts), batch_size)).sort_values(["number", "row"], ignore_index=True)
+    table = pd.concat(over_prompts(work, model, prompts, batch_size)).sort_values(["number", "row"], ignore_index=True)
     number, row = table.pop("number"), table.pop("row")
     what = {name: [values[i] for i in row] for name, values in describe(prompts).items()}
     spans = [around(layer, width, model.n_layers) for _, width, layer in cuts]

@@ -23,7 +23,7 @@ import torch
 from torch import nn
 
 from helpers import tracing
-from helpers.chunks import over_rows
+from helpers.chunks import over_prompts
 from helpers.localization.engine import Run, flush_right
 from helpers.localization.positions import choose, locate
 from helpers.localization.recovery import describe, measure
@@ -67,7 +67,7 @@ def logit_lens(
                     tables.append(pd.DataFrame({"number": number, "layer": layer, "row": rows[at].numpy(), **values}))
         return pd.concat(tables)
 
-    table = pd.concat(over_rows(work, len(prompts), batch_size))
+    table = pd.concat(over_prompts(work, model, prompts, batch_size))
     table = table.sort_values(["number", "layer", "row"], ignore_index=True)
     table.insert(0, "position", [names[i] for i in table.pop("number")])
     return _named(table, prompts)
@@ -96,7 +96,7 @@ def direct_attribution(
         tables = [pd.DataFrame(dict(zip(what, part)) | {"score": part[-1].cpu().numpy()} | values) for part in parts]
         return pd.concat([table.astype({"layer": "Int64", "head": "Int64"}) for table in tables])
 
-    table = pd.concat(over_rows(work, len(prompts), batch_size), ignore_index=True)
+    table = pd.concat(over_prompts(work, model, prompts, batch_size), ignore_index=True)
     order = {name: number for number, name in enumerate(dict.fromkeys(table["component"]))}
     by = ["component", "row"]
     table = table.sort_values(by, key=lambda c: c.map(order) if c.name == "component" else c, ignore_index=True)

@@ -19,7 +19,7 @@ from dataclasses import dataclass
 import pandas as pd
 import torch
 
-from helpers.chunks import over_rows
+from helpers.chunks import over_prompts
 from helpers.interventions import Intervention
 from helpers.localization.counterfactual import Pairs
 from helpers.localization.engine import Run, flush_right
@@ -70,7 +70,7 @@ def patch(
                 table[f"{key}_{name}"] = values.numpy()[table["at"]]
         return table
 
-    tables = over_rows(work, len(pairs), batch_size, by_distance(pairs.clean))
+    tables = over_prompts(work, model, pairs.clean, batch_size, by_distance(pairs.clean))
     facts = describe(pairs.clean) | {"counterfactual": [fact.subject for fact in pairs.corrupted.facts]}
     return add_scores(tidy(tables, units, facts), base_name, source_name)
 

@@ -28,7 +28,7 @@ from functools import partial
 import pandas as pd
 import torch
 
-from helpers.chunks import over_rows
+from helpers.chunks import over_prompts
 from helpers.interventions import Intervention
 from helpers.localization.counterfactual import Pairs
 from helpers.localization.engine import Known, Memory, Run, flush_right
@@ -296,7 +296,7 @@ def _table(model, pairs: Pairs, senders, batch_size: int, work, projected: bool 
             _check(values[0], corrupt, part)
         return rows, values, clean
 
-    chunks = over_rows(chunk, len(pairs), batch_size, by_distance(pairs.clean))
+    chunks = over_prompts(chunk, model, pairs.clean, batch_size, by_distance(pairs.clean))
     rows, values, clean = (torch.cat(parts, dim=-1) for parts in zip(*chunks))
     back = torch.argsort(rows)
     return lay_out(pairs, senders, values[:, back], clean[back], projected)
