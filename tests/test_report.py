@@ -224,6 +224,7 @@ def test_a_run_that_is_going_on_can_be_reported(rows, tmp_path):
 
 
 def test_the_page_is_well_formed_and_loads_nothing(tree, text):
+    assert "bound method" not in text and "lookup vs " in said(tree)
     for element in tree.iter():
         for name in ("src", "href", "data", "srcset"):
             assert element.get(name, "data:").startswith(("data:", "#"))

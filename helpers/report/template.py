@@ -81,7 +81,7 @@ probabilities.</p>
 {% else %}
 <span class="{{ cell.verdict }}">{{ marks[cell.verdict] }} {{ cell.verdict }}</span> {{ cell.held }} of {{ cell.of }}
 {% if cell.n_facts %}
-<br /><span class="number">{{ cell.mask }}{{ ' vs ' + cell.against if cell.against }}: {{ cell|estimate(signed=cell.against != '') }}</span>
+<br /><span class="number">{{ cell['mask'] }}{{ ' vs ' + cell.against if cell.against }}: {{ cell|estimate(signed=cell.against != '') }}</span>
 <br /><span class="small">{% if cell.against %}{{ cell.mean_a|number }} vs {{ cell.mean_b|number }}; {% endif %}{{ cell.n_facts }} facts, {{ cell.n_seeds }} seeds
 {% if claim.reading %}<br />{{ readings['top1' if claim.reading == 'probability' else 'probability'] }}: {{ cell|estimate("other_value", cell.against != "") }}{% endif %}</span>
 {% endif %}
