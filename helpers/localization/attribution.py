@@ -74,7 +74,7 @@ def attribute(
         sites = [(KINDS[kind], layer) for kind, layer in wanted]
         line = _line(model, pairs[rows], sites, nodes, cut, direction)
         # products of (row, position, feature), for heads (row, position, head, feature)
-        effects = [(line.moves[site] * line.means[site]).double().sum((1, -1)).view(len(rows), -1).T.cpu() for site in sites]
+        effects = [(line.moves[site] * line.means[site]).cpu().double().sum((1, -1)).view(len(rows), -1).T for site in sites]
         return torch.cat(effects), line.ld["clean"], line.ld["corrupt"]
 
     effects, *ends = (torch.cat(parts, dim=-1) for parts in zip(*over_prompts(work, model, pairs.clean, batch_size)))
@@ -100,7 +100,7 @@ def completeness(
     def work(rows: torch.Tensor) -> tuple[torch.Tensor, ...]:
         site = ("resid_pre", cut)
         line = _line(model, pairs[rows], [site], nodes, cut, "noise")
-        return (line.moves[site] * line.means[site]).double().sum((1, 2)).cpu(), line.ld["clean"], line.ld["corrupt"]
+        return (line.moves[site] * line.means[site]).cpu().double().sum((1, 2)), line.ld["clean"], line.ld["corrupt"]
 
     values = (torch.cat(parts).numpy() for parts in zip(*over_prompts(work, model, pairs.clean, batch_size)))
     table = pd.DataFrame(_facts(pairs) | dict(zip(("attributed", "ld_clean", "ld_corrupt"), values)))
@@ -130,7 +130,7 @@ def _line(model: Model, pairs: Pairs, sites: list[tuple[str, int]], nodes: list[
     if len(nodes) == 1:  # the start of the line is a run as it is
         ld, found = tracing.gradients(model, prompts[start], sites, metric, batch_size=size)
         there = tracing.read(model, prompts[end], sites, batch_size=size)
-        ends = {start: ld.double().cpu(), end: measure(there.logits, answers)["ld"]}
+        ends = {start: ld.cpu().double(), end: measure(there.logits, answers)["ld"]}
         moves = {site: there[site] - value for site, (value, _) in found.items()}
         return _Line(ends, moves, {site: gradient for site, (_, gradient) in found.items()})
 
