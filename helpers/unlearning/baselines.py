@@ -5,8 +5,8 @@
     found = read(model, "edit", entrants) or search(model, validation(split), entrants, trials=2)
     edit = entrants["MEMIT"].make(model, split, found["MEMIT"].best())
 
-Two tasks: `edit` writes the edit answers, by fine-tuning and by closed forms (`editing`); `delete` forgets by deleting single
-weights, found by learned masks (`deleting`). Every entrant gets as many trials, drawn at random from its own space, on
+Three tasks: `edit` writes the edit answers, by fine-tuning and by closed forms (`editing`); `unlearn` lowers the true answers, by
+objectives (`unlearning`); `delete` forgets by deleting single weights, found by learned masks (`deleting`). Every entrant gets as many trials, drawn at random from its own space, on
 practice facts of which no final number is measured (`tuning.validation`), and is judged by `scores`.
 """
 
@@ -60,7 +60,8 @@ from helpers.unlearning.values import Values
 from helpers.unlearning.weight_masks import Learning, learn
 
 FOLDER = DATA / "trials"
-GOALS = {"edit": "edit", "delete": "forget"}  # task → what its trials are judged by
+GOALS = {"edit": "edit", "unlearn": "forget", "delete": "forget"}  # task → what its trials are judged by
+UNLEARNING = ("unlearn", "ascent", "graddiff", "npo", "simnpo", "rmu")
 WAYS = {
     "explicit, published": Learning("explicit", "published"),
     "explicit, towards": Learning("explicit", "towards"),
@@ -108,6 +109,13 @@ def editing(model: Model, masks: Mapping[str, Mask], settings: Settings = Settin
         "AlphaEdit": Entrant(writing(alphaedit), ALPHAEDIT, {"clamp": 0.7, "share": 0.05}),
     }
     return _named(entrants)
+
+
+def unlearning(where: Mask, objectives: Sequence[str] = UNLEARNING, settings: Settings = Settings(), texts: Sequence[str] | None = None,
+               seed: int = 0, space: Space = FINETUNE) -> dict[str, Entrant]:
+    """Fine-tuning of one mask with each of these objectives, by their names."""
+    default = {name: getattr(settings, name) for name in space}
+    return _named({name: Entrant(tunable_finetune(where, name, settings, texts, seed), space, default) for name in objectives})
 
 
 def deleting(where: Mask, objective: str = "unlearn", settings: Settings = Settings(), texts: Sequence[str] | None = None,
@@ -218,6 +226,8 @@ def _prepare(options: argparse.Namespace) -> tuple[Model, Split, dict[str, Entra
     settings = Settings(steps=options.steps, batch=options.batch)
     if options.task == "edit":
         return model, split, editing(model, chosen, settings, seed=options.seed, cache=options.folder / "covariances")
+    if options.task == "unlearn":
+        return model, split, unlearning(chosen["lookup"], settings=settings, seed=options.seed)
     return model, split, deleting(candidates(model, chosen["lookup"]), settings=settings, seed=options.seed)
 
 
