@@ -68,20 +68,23 @@ def test_every_method_makes_an_edit_and_has_as_many_trials(searched):
 
 def test_what_is_kept_is_what_is_read(searched, tmp_path):
     model, methods, found = searched
-    path = baselines.keep(model, "edit", found, tmp_path)
-    read = baselines.read(model, "edit", methods, tmp_path)
+    path = baselines.keep(model, "athletes", "edit", found, tmp_path)
+    read = baselines.read(model, "athletes", "edit", methods, tmp_path)
     for name, tuned in found.items():
         assert read[name].best() == pytest.approx(tuned.best(), rel=1e-5) and read[name].names == tuned.names
         assert read[name].trials["ours"].tolist() == pytest.approx(tuned.trials["ours"].tolist(), rel=1e-4, abs=1e-6)
         assert read[name].frontier["trial"].tolist() == tuned.frontier["trial"].tolist()
-    assert baselines.read(model, "delete", methods, tmp_path) is None
-    assert baselines.read(model, "edit", {**methods, "another": methods["ROME"]}, tmp_path) is None
+    assert baselines.read(model, "athletes", "delete", methods, tmp_path) is None
+    assert baselines.read(model, "world", "edit", methods, tmp_path) is None
+    elsewhere = replace(methods["ROME"], tunable=replace(methods["ROME"].tunable, mask="everything"))
+    assert baselines.read(model, "athletes", "edit", {"ROME": elsewhere}, tmp_path) is None
+    assert baselines.read(model, "athletes", "edit", {**methods, "another": methods["ROME"]}, tmp_path) is None
     assert [p.name for p in tmp_path.iterdir()] == [path.name]
     longer = replace(found["ROME"], trials=pd.concat([found["ROME"].trials] * 2, ignore_index=True))
-    baselines.keep(model, "edit", {"ROME": longer}, tmp_path)  # the trials of one method made again: the others stay
-    assert {n: len(t.trials) for n, t in baselines.read(model, "edit", methods, tmp_path).items()} == dict.fromkeys(found, 2) | {"ROME": 4}
+    baselines.keep(model, "athletes", "edit", {"ROME": longer}, tmp_path)  # the trials of one method made again: the others stay
+    assert {n: len(t.trials) for n, t in baselines.read(model, "athletes", "edit", methods, tmp_path).items()} == dict.fromkeys(found, 2) | {"ROME": 4}
     another = cases.random_model()  # of the same name: none of these trials are its own
-    assert baselines.read(another, "edit", methods, tmp_path) is None
+    assert baselines.read(another, "athletes", "edit", methods, tmp_path) is None
 
 
 def test_the_final_edit_is_that_of_the_trial_on_other_facts(searched):
@@ -140,14 +143,14 @@ def test_the_command_writes_one_table_and_does_nothing_twice(command, monkeypatc
     monkeypatch.setattr(baselines.metrics, "known", lambda model, facts: facts)
     monkeypatch.setattr(baselines, "PRICE", tuning.Log(1e-3, 1e-2))
     assert baselines.main(arguments) == 0
-    table = pd.read_csv(home / "small-delete.csv")
+    table = pd.read_csv(home / "small-my-athletes-delete.csv")
     assert table["method"].tolist() == list(WAYS)
     stored = [json.loads(path.read_text()) for path in (home / "tuning" / "trials").iterdir()]
     assert len(stored) == len(WAYS) and {trial["method"] for trial in stored} == set(table["method"])
-    assert "small-delete.csv" in capsys.readouterr().out
+    assert "small-my-athletes-delete.csv" in capsys.readouterr().out
     monkeypatch.setattr(baselines, "learn", lambda *a, **k: pytest.fail("a trial was made again"))
-    before = (home / "small-delete.csv").read_bytes()
-    assert baselines.main(arguments) == 0 and (home / "small-delete.csv").read_bytes() == before
+    before = (home / "small-my-athletes-delete.csv").read_bytes()
+    assert baselines.main(arguments) == 0 and (home / "small-my-athletes-delete.csv").read_bytes() == before
 
 
 @pytest.mark.parametrize("changed, said", [(["--jobs", "0"], "0 jobs"), (["--forget", "first-900"], "needs 900 facts"), (["--facts", "athlets"], "athletes"),

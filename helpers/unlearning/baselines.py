@@ -2,12 +2,13 @@
 
     python -m helpers.unlearning.baselines tiny-llama3 --task edit --trials 12 --jobs 2      # writes data/trials/
     entrants = editing(model, {"lookup": flu, "everything": all_of_it})
-    found = read(model, "edit", entrants) or search(model, validation(split), entrants, trials=2)
+    found = read(model, "athletes", "edit", entrants) or search(model, validation(split), entrants, trials=2)
     edit = entrants["MEMIT"].make(model, split, found["MEMIT"].best())
 
-Three tasks: `edit` writes the edit answers, by fine-tuning and by closed forms (`editing`); `unlearn` lowers the true answers, by
-objectives (`unlearning`); `delete` forgets by deleting single weights, found by learned masks (`deleting`). Every entrant gets as many trials, drawn at random from its own space, on
-practice facts of which no final number is measured (`tuning.validation`), and is judged by `scores`.
+Three tasks: `edit` writes the edit answers, by fine-tuning and by closed forms (`editing`); `unlearn` lowers the true
+answers, by several objectives (`unlearning`); `delete` forgets by deleting single weights, found by learned masks
+(`deleting`). Every entrant gets as many trials, drawn at random from its own space, on practice facts of which no final
+number is measured (`tuning.validation`), and is judged by `scores`.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ import pandas as pd
 import torch
 
 from helpers import metrics, provenance, splits
-from helpers.facts import DATA, load
+from helpers.facts import DATA, Facts, load
 from helpers.localization.choices import choose
 from helpers.masks import Mask
 from helpers.models import Model, load_model
@@ -173,9 +174,14 @@ def search(model: Model, practice: Split, entrants: Mapping[str, Entrant], trial
             for name, entrant in entrants.items()}
 
 
-def keep(model: Model, task: str, found: Mapping[str, Tuned], folder: Path = FOLDER) -> Path:
-    """Write these trials to `<folder>/<model>-<task>.csv`, in one step; those of other methods, for the same weights, stay there."""
-    path, own = _file(model, task, folder), weights_hash(model)[:16]
+def file(model: Model, facts: str, task: str, folder: Path = FOLDER) -> Path:
+    """Where the trials of a task are kept, whether or not there are any."""
+    return Path(folder) / f"{Path(model.name).name}-{facts}-{task}.csv"
+
+
+def keep(model: Model, facts: str, task: str, found: Mapping[str, Tuned], folder: Path = FOLDER) -> Path:
+    """Write these trials to their `file`, in one step; those of other methods, for the same weights, stay there."""
+    path, own = file(model, facts, task, folder), weights_hash(model)[:16]
     table = pd.concat([tuned.trials for tuned in found.values()], ignore_index=True).assign(weights=own)
     if path.is_file():
         there = pd.read_csv(path)
@@ -184,15 +190,15 @@ def keep(model: Model, task: str, found: Mapping[str, Tuned], folder: Path = FOL
     return path
 
 
-def read(model: Model, task: str, entrants: Mapping[str, Entrant], folder: Path = FOLDER) -> dict[str, Tuned] | None:
-    """The trials that are kept for exactly these weights; None if there are none, or not for every entrant."""
-    path = _file(model, task, folder)
+def read(model: Model, facts: str, task: str, entrants: Mapping[str, Entrant], folder: Path = FOLDER) -> dict[str, Tuned] | None:
+    """The trials kept for exactly these weights and for facts of this name; None if there are none, or not for every entrant at its place."""
+    path = file(model, facts, task, folder)
     if not path.is_file():
         return None
     table = pd.read_csv(path)
-    found = {}
+    table, found = table[table["weights"] == weights_hash(model)[:16]], {}
     for name, entrant in entrants.items():
-        trials = table[(table["method"] == name) & (table["weights"] == weights_hash(model)[:16])].reset_index(drop=True)
+        trials = table[(table["method"] == name) & (table["mask"] == entrant.tunable.mask)].reset_index(drop=True)
         if trials.empty or not set(entrant.space) <= set(trials):
             return None
         found[name] = Tuned(name, entrant.tunable.mask, tuple(entrant.space), trials)
@@ -214,30 +220,26 @@ def _tunable_mask(base: Learning, where: Mask, objective: str, texts: Sequence[s
     return Tunable("weight mask", where.name, make, provenance.text_hash(json.dumps(content)))
 
 
-def _file(model: Model, task: str, folder: Path) -> Path:
-    return Path(folder) / f"{Path(model.name).name}-{task}.csv"
-
-
-def _prepare(options: argparse.Namespace) -> tuple[Model, Split, dict[str, Entrant]]:
+def _prepare(options: argparse.Namespace) -> tuple[Model, Facts, Split, dict[str, Entrant]]:
     model = load_model(options.model, options.dtype, options.device)
     known = metrics.known(model, load(options.facts))
     split = splits.split(known, options.forget)
     chosen = choose(model, known, split, ["lookup", "everything"], lookup=options.lookup, seed=options.seed).masks
     settings = Settings(steps=options.steps, batch=options.batch)
     if options.task == "edit":
-        return model, split, editing(model, chosen, settings, seed=options.seed, cache=options.folder / "covariances")
+        return model, known, split, editing(model, chosen, settings, seed=options.seed, cache=options.folder / "covariances")
     if options.task == "unlearn":
-        return model, split, unlearning(chosen["lookup"], settings=settings, seed=options.seed)
-    return model, split, deleting(candidates(model, chosen["lookup"]), settings=settings, seed=options.seed)
+        return model, known, split, unlearning(chosen["lookup"], settings=settings, seed=options.seed)
+    return model, known, split, deleting(candidates(model, chosen["lookup"]), settings=settings, seed=options.seed)
 
 
-def _search(options: argparse.Namespace, names: Sequence[str] | None = None) -> tuple[Model, dict[str, Tuned]]:
+def _search(options: argparse.Namespace, names: Sequence[str] | None = None) -> tuple[Model, Facts, dict[str, Tuned]]:
     """The search for some entrants, from the name of the model on: one process's work."""
-    model, split, entrants = _prepare(options)
+    model, known, split, entrants = _prepare(options)
     names = _named_methods(options, entrants) if names is None else names
     chosen = {name: entrants[name] for name in names}
     found = search(model, validation(split), chosen, options.trials, options.seed, options.folder / "trials", GOALS[options.task])
-    return model, found
+    return model, known, found
 
 
 def _named_methods(options: argparse.Namespace, entrants: Mapping[str, Entrant]) -> list[str]:
@@ -274,11 +276,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if options.jobs < 1:
             raise TuningError(f"{options.jobs} jobs: at least one is needed")
         if options.jobs > 1:
-            names = _named_methods(options, _prepare(options)[2])
+            names = _named_methods(options, _prepare(options)[-1])
             with ProcessPoolExecutor(options.jobs, mp_context=multiprocessing.get_context("spawn")) as pool:
                 list(pool.map(_search, [options] * options.jobs, [names[i::options.jobs] for i in range(options.jobs)]))
-        model, found = _search(options)  # what the processes stored is read
-        path = keep(model, options.task, found, options.out)
+        model, known, found = _search(options)  # what the processes stored is read
+        path = keep(model, known.name, options.task, found, options.out)
     except ValueError as error:
         print(error, file=sys.stderr)
         return 2
