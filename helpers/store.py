@@ -66,7 +66,7 @@ class Present:
 def read(*sources: Path | str, notebooks: Path | None = None, **where: Any) -> pd.DataFrame:
     """The rows of finished runs in SCHEMA, those whose columns have the value, or one of the values, in `where`.
 
-    `sources`: folders of runs, files made by `pack`; none give no rows. Of a run that is in several, the one started last counts.
+    `sources`: folders of runs, of files made by `pack` or of both, single such files; none give no rows. Of a run that is in several, the one started last counts.
     `notebooks`: their folder, if it is not the project's. Raises StoreError.
     """
     return _table(sources, notebooks, SCHEMA, where).to_pandas()
@@ -109,12 +109,12 @@ def sources(place: Path | str) -> list[Path]:
     if not str(place):
         return []
     root = provenance.project_root() / place
-    return (sorted(root.glob("*.parquet")) or [root]) if root.is_dir() else [root] if root.exists() else []
+    return (_packs(root) or [root]) if root.exists() else []
 
 
 def packed(*sources: Path | str, notebooks: Path | None = None) -> dict[str, bool]:
     """Of each run whose rows are in these files (or in the .parquet files of these folders): whether it is stale. Raises StoreError."""
-    files = [file for path in map(Path, sources) for file in (sorted(path.glob("*.parquet")) if path.is_dir() else [path])]
+    files = [file for path in map(Path, sources) for file in _packs(path)]
     if not files:
         return {}
     return dict(relation(*files, notebooks=notebooks).project("run, stale").distinct().fetchall())
@@ -123,10 +123,11 @@ def packed(*sources: Path | str, notebooks: Path | None = None) -> dict[str, boo
 def _table(sources: Sequence[Path | str], notebooks: Path | None, columns: Iterable[str], where: Mapping[str, Any]) -> pa.Table:
     if unknown := sorted(set(where) - set(SCHEMA)):
         raise StoreError(f"no column {', '.join(unknown)}; there are {', '.join(SCHEMA)}")
+    places = [place for path in map(Path, sources) for place in ([*_packs(path), path] if path.is_dir() else [path])]
     still: list = []
     for attempt in itertools.count():
         # in the end without those that always start anew
-        found, failure = _listed(sources) if attempt < LISTINGS else still, None
+        found, failure = _listed(places) if attempt < LISTINGS else still, None
         with duckdb.connect() as connection:
             try:
                 rows = _everything(connection, found, notebooks)
@@ -191,10 +192,15 @@ def note(path: Path) -> dict[str, Any] | None:
         return None
 
 
-def _listed(sources: Sequence[Path | str]) -> list[tuple[Path, list[dict[str, Any]] | None]]:
+def _packs(path: Path) -> list[Path]:
+    """The packed files that a folder holds; of a file, itself."""
+    return sorted(path.glob("*.parquet")) if path.is_dir() else [path]
+
+
+def _listed(sources: Sequence[Path]) -> list[tuple[Path, list[dict[str, Any]] | None]]:
     """Each source with its finished runs that have rows; None for a packed file."""
     has_rows = lambda run: run["state"] == "finished" and Path(run["folder"], "results.parquet").exists()
-    return [(path, None if path.is_file() else [run for run in _folders(path) if has_rows(run)]) for path in map(Path, sources)]
+    return [(path, None if path.is_file() else [run for run in _folders(path) if has_rows(run)]) for path in sources]
 
 
 def _everything(

@@ -141,6 +141,7 @@ def test_a_packed_file_reads_as_its_runs_do(home, capsys):
     assert store.main(["pack", str(home / "out"), str(home / "all.parquet")]) == 0
     assert "9 rows" in capsys.readouterr().out
     pd.testing.assert_frame_equal(read(home, home / "all.parquet"), read(home))
+    pd.testing.assert_frame_equal(read(home, home), read(home))  # the folder it lies in
     notebook(home, STEM, "1 + 1", FINISH)
     assert read(home, home / "all.parquet")["stale"].all()
     # of a run in two places the newer one counts, and no row twice

@@ -17,7 +17,7 @@ from torch.nn import functional as F
 from helpers.models import Model
 from helpers.prompts import PromptSet
 
-TOLERANCE = 5e-6  # of the mean gradient; scikit-learn stops at 1e-4
+TOLERANCE = 2e-5  # of the mean gradient; scikit-learn stops at 1e-4
 REFRESHED = frozenset((0, 4, 12, 30, 70, 150))  # steps that begin with a new preconditioner
 
 
