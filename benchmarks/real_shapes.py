@@ -6,7 +6,7 @@
 What a pass costs does not depend on what a model has learned. It runs with any torch and transformers that the helpers run with, and
 without nnsight, which attribution patching alone needs; without it that row is missing, and a line says so.
 
-Editing and relearning are compared with plain loops of transformers and torch.optim in the same run; localization with the passes that
+The lookup edit is compared with a plain loop of transformers and torch.optim in the same run; localization with the passes that
 patching one component at a time would take, times the seconds of one. `share` is that of the card's rate at a large matrix product,
 measured here: what the matrices of the model multiplied (attention's products of queries and keys left out), by the seconds. Memory is
 what torch had allocated at most, weights included; on a CPU it is not measured. Bars hold for full width on a GPU.
@@ -47,6 +47,7 @@ from helpers.unlearning.training import Settings
 TOKENIZER = "tiny-llama3"  # bundled; its vocabulary is a part of any real one's
 SECONDS = {"fact lookup and attribution": 60.0, "causal tracing": 180.0, "edit, lookup": 90.0}
 GIB, SHARE, AIM = 45e9 / 2**30, 0.30, 0.40  # of the edit with the lookup mask
+LOOP = "edit, lookup, plain loop"
 SAMPLES = 3  # of noise, in causal tracing
 
 
@@ -139,20 +140,14 @@ def localizations(model: Model, twins: Pairs, probed: PromptSet, batch_size: int
 
 
 def edits(model: Model, given: Split, general: list[str], settings: Settings) -> dict[str, Callable[[], object]]:
-    """Edits by mask, the same by a plain loop with the weights of the lookup mask, and relearning."""
-    lookup = presets.likely_lookup(model)
-    greatest = selection.everything(model)
-    training = {mask.name: partial(finetune, model, given, mask, "edit", settings, general) for mask in (lookup, selection.all_mlps(model))}
-    # fp32 copies of all weights of a large model fit no card: pure bf16, as published
-    training[greatest.name] = partial(finetune, model, given, greatest, "edit", replace(settings, masters=False), general)
-
-    def loop() -> None:
-        with plain.lent(model):
-            plain.train(model, given, general, settings, list(lookup.entries))
-
+    """Edits by mask, and relearning."""
+    # fp32 copies of most weights of a large model fit no card: pure bf16 there, as published
+    masks = {presets.likely_lookup(model): True, selection.all_mlps(model): False, selection.everything(model): False}
+    training = {mask.name: partial(finetune, model, given, mask, "edit", replace(settings, masters=masters), general)
+                for mask, masters in masks.items()}
     relearning = replace(settings, learning_rate=2e-4, steps=max(1, settings.steps * 2 // 5), batch=32, clip=None)
     again = partial(finetune_lora, model, given, Relearn(), relearning, general)
-    return {**{f"edit, {name}": call for name, call in training.items()}, "edit, lookup, plain loop": loop, "relearning, LoRA": again}
+    return {**{f"edit, {name}": call for name, call in training.items()}, "relearning, LoRA": again}
 
 
 def measure(name: str, options: argparse.Namespace) -> pd.DataFrame:
@@ -184,9 +179,12 @@ def measure(name: str, options: argparse.Namespace) -> pd.DataFrame:
     for work, (call, passes) in localizations(model, twins, probed, options.batch).items():
         run(work, call, passes * one)
     settings = Settings(learning_rate=1e-5, steps=options.steps, chunk=options.chunk)
-    for work, call in edits(model, given, texts(512), settings).items():
+    general = texts(512)
+    for work, call in edits(model, given, general, settings).items():
         if options.everything or work != "edit, everything":
             run(work, call)
+    with plain.lent(model):  # its copy of all weights is not part of the loop's time
+        run(LOOP, lambda: plain.train(model, given, general, settings, list(presets.likely_lookup(model).entries)))
     length = prompts.build(model.tokenizer, given.forget, settings.format).tokens.shape[1]
     told = {"pairs": len(twins), "cloze_tokens": ready.tokens.shape[1], "prompt_tokens": length, "one_pass": one, "tflops": rate / 1e12}
     return pd.DataFrame(rows).assign(**told)

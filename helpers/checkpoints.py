@@ -47,6 +47,11 @@ def locate(name: str) -> str:
     return name
 
 
+def is_folder(name: str) -> bool:
+    """Whether a name is that of a bundled model or of a folder, and no hub id."""
+    return (BUNDLED / name).is_dir() or Path(name).expanduser().is_dir()
+
+
 def load_checkpoint(
     name: str, source: str, dtype: torch.dtype, device_map: str | dict | None
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
@@ -83,8 +88,13 @@ def _reach_hub(name: str) -> None:
     except OSError as error:  # offline mode, no connection, a server that refuses
         raise ModelError(
             f"{name} is not in the local cache, and the hub cannot be reached (offline, or HF_HUB_OFFLINE is set: "
-            f"{_brief(error)}). Download it once while online: `hf download {name}`. {hint}"
+            f"{_brief(error)}). Download it once while online: `hf download {name}`{_owner(name)}; for Gemma and Llama accept the licence "
+            f"on the model's page before, and set HF_TOKEN in the environment. {hint}"
         ) from error
+
+
+def _owner(name: str) -> str:
+    return "" if "/" in name else " (if that is its whole id: most have an owner, such as google/gemma-2-9b)"
 
 
 def bare(name: str, source: str) -> PreTrainedModel:
@@ -98,7 +108,10 @@ def bare(name: str, source: str) -> PreTrainedModel:
             skeleton = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
     except (OSError, ValueError, KeyError) as error:
         raise ModelError(f"{name}: transformers cannot build this model ({_brief(error)})") from error
-    read_structure(skeleton)
+    try:
+        read_structure(skeleton)
+    except ModelError as error:
+        raise ModelError(f"{name}: {error}") from error
     return skeleton
 
 

@@ -23,7 +23,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
 from torch.utils.flop_counter import flop_registry
 from torch.utils.weak import WeakIdKeyDictionary
-from transformers import AutoModelForCausalLM, PreTrainedConfig
+from transformers import AutoModelForCausalLM, PretrainedConfig
 
 from helpers import checkpoints
 from helpers.chunks import free
@@ -59,7 +59,7 @@ class Estimate:
         return "\n".join([f"{self.title} (estimated)", *(f"{part:<34}{size / unit:>9.2f} {name}" for part, size in sizes.items())])
 
 
-def skeleton(source: str | PreTrainedConfig | Model, dtype: torch.dtype = torch.bfloat16) -> Model:
+def skeleton(source: str | PretrainedConfig | Model, dtype: torch.dtype = torch.bfloat16) -> Model:
     """A model on the meta device: all of its structure, none of its weights. For a name only the configuration is read.
 
     A `Model` keeps its dtype; one that is a skeleton already is given back. Raises `ModelError` as loading does.

@@ -45,7 +45,7 @@ def compare(model: Model, split: Split, masks: Mapping[str, Mask], settings: Map
     facts at `rate` for `steps` steps, otherwise as `relearning` says. With the defaults that is the attack which claims call
     "relearn lora". `texts` serve training and relearning. The model stays as it is.
     """
-    names, where = Choices(dict(masks), None, {}), {"facts": facts, "n": len(split.forget)}
+    names, where = Choices(dict(masks), None, (), {}), {"facts": facts, "n": len(split.forget)}
     measured = lambda: evaluation.evaluate(model, split, **reading)
     tables = [results.of_evaluation(measured(), localization="none", method="base", seed=seeds[0], **where)]
     for name, places in masks.items():

@@ -4,6 +4,7 @@
     source("paper", "google/gemma-2-9b", "athletes", "lookup")                           # where that comes from
     file("tuned", "tiny-gemma2", "athletes", "lookup")                                   # which file that is, for `run.uses`
     layers(model, "athletes", "attribution MLPs")                                        # what the paper trained
+    choose(…, given=given("paper", model, "athletes", names))                            # in place of localizing anew
 
 A preset is `""` (the defaults), `"paper"` (published; `data/presets.yaml`) or `"tuned"` (found here on practice facts; fields of
 `Settings` in `data/tuned/<model>/<task>/<mask>.yaml`, where there is one). Published settings are never stretched: what the
@@ -16,12 +17,14 @@ from __future__ import annotations
 
 import argparse
 import re
+from collections.abc import Sequence
 from dataclasses import asdict, fields, replace
+from itertools import product
 from pathlib import Path
 
 import pandas as pd
 import yaml
-from transformers import AutoConfig, PreTrainedConfig
+from transformers import AutoConfig, PretrainedConfig
 
 from helpers import memory, selection
 from helpers.facts import DATA
@@ -76,14 +79,24 @@ def tuned_file(model_name: str, task: str, mask_name: str, folder: Path | None =
 
 
 def task_of(facts: str, forget: str, objective: str = "edit") -> str:
-    """The task that facts, a forget spec (`first-64`, `answer-golf`) and an objective make; what the paper did not do is named by both."""
-    kind, _, n = forget.partition("-")
-    if "counterfact" in facts and forget in ("first-16", "first-64"):
+    """The task that facts, a forget spec (`first-64`, `answer-golf`) and an objective make; what the paper did not do is named by both.
+
+    `facts`: their name, or what `facts.load` takes (a source with a path after a colon, a CSV file).
+    """
+    facts, (kind, _, n) = Path(facts.partition(":")[0]).stem, forget.partition("-")
+    if facts.startswith(("counterfact", "paper-counterfact")) and forget in ("first-16", "first-64"):
         return f"counterfact-{n}"
-    if "athletes" in facts and (kind == "answer" or forget in ("first-16", "first-64")):
+    if facts in ("athletes", "paper-athletes") and (kind == "answer" or forget in ("first-16", "first-64")):
         names = ("athletes", "whole-sport") if objective == "edit" else ("unlearn-athletes", "unlearn-sport")
         return names[kind == "answer"]
     return f"{facts} {forget}"
+
+
+def check(preset: str, model_name: str, tasks: Sequence[str], mask_names: Sequence[str]) -> None:
+    """Raises `PresetError` if a preset lacks settings for one of these tasks with one of these masks: before anything is loaded."""
+    for task, mask_name in product(tasks, mask_names):
+        if mask_name != "windows":  # which go by lookup
+            source(preset, model_name, task, mask_name)
 
 
 def identify(model_name: str) -> str | None:
@@ -95,7 +108,7 @@ def identify(model_name: str) -> str | None:
     return None
 
 
-def config(name: str, width: float = 1.0) -> PreTrainedConfig:
+def config(name: str, width: float = 1.0) -> PretrainedConfig:
     """The architecture of a model in `data/presets.yaml`, for a skeleton or for random weights: no hub is needed.
 
     `width` below 1 makes every matrix and the vocabulary narrower, with as many layers and heads. Raises `PresetError`.
@@ -127,6 +140,16 @@ def layers(model: Model, task: str, mask_name: str) -> Mask:
     return replace(selection.preset(model, name, where, METHODS[mask_name]), name=mask_name)
 
 
+def given(preset: str, model: Model, task: str, mask_names: Sequence[str]) -> dict[str, Mask]:
+    """The masks that `choices.choose` does not have to find: with the preset `paper` those whose layers are published for the task.
+
+    Lookup is always among them, because it is the budget of the others. Raises as `layers` does.
+    """
+    if preset != "paper" or "layers" not in _read()["tasks"].get(task, {}):
+        return {}
+    return {name: layers(model, task, name) for name in dict.fromkeys(["lookup", *mask_names]) if name in METHODS}
+
+
 def published() -> pd.DataFrame:
     """Every published pair of learning rate and forget weight: columns model, task, masks, learning_rate, forget_weight."""
     data = _read()
@@ -154,6 +177,8 @@ def likely_lookup(model: Model) -> Mask:
 
 def expected(name: str, mask_name: str = "lookup") -> memory.Estimate:
     """What an edit of this model takes with a mask (`lookup` or `everything`), counted anew. Raises `PresetError`."""
+    if mask_name not in ("lookup", "everything"):
+        raise PresetError(f"mask {mask_name!r}: what an edit takes is counted for lookup and everything")
     bare = memory.skeleton(config(name))
     if mask_name == "everything":
         chosen = selection.everything(bare)

@@ -11,10 +11,11 @@ Beside `helpers.tracing` the only file that speaks nnsight: here the model is a 
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 
 import torch
-from nnsight import TransformersModel
+from nnsight import CONFIG, TransformersModel
 from transformers import AutoTokenizer
 
 from helpers import checkpoints, memory
@@ -32,7 +33,7 @@ def run(name: str, prompts, interventions: Sequence[Intervention] = (), read: Se
 
     `interventions` put given values, or zero, in place of others or add to them. `where="local"` goes the same way without a server,
     on weights that are here. Raises `TracingError` without `agreed=True`, for cuts of attention, `mean`, `resample` and attention
-    patterns; `ModelError` as loading does.
+    patterns; for NDIF without a key, or with a model that lies here; `ModelError` as loading does.
     """
     if where not in PLACES:
         raise TracingError(f"where={where!r}: there are {', '.join(PLACES)}")
@@ -43,6 +44,8 @@ def run(name: str, prompts, interventions: Sequence[Intervention] = (), read: Se
     for edit in interventions:
         if not isinstance(edit, Intervention) or edit.needs_clean:
             raise TracingError(f"{edit}: only given values can be set or added over there")
+    if where == "ndif":
+        _ready(name)
     model = memory.skeleton(name)
     agenda = [_edit(model, batch, edit) for edit in interventions] + [_read(model, *pair) for pair in read]
     agenda.sort(key=lambda entry: entry[0])
@@ -74,6 +77,14 @@ def run(name: str, prompts, interventions: Sequence[Intervention] = (), read: Se
     found = {key: next(values).cpu() for key in (entry[0][3] for entry in agenda) if key}
     shaped = {(site, layer): value.reshape(*batch.tokens.shape, *feature_shape(model, site)) for (site, layer), value in found.items()}
     return Trace(last.to(torch.promote_types(last.dtype, torch.float32)), shaped)
+
+
+def _ready(name: str) -> None:
+    """Refuses what NDIF would: models that are no hub id, and nobody's account."""
+    if checkpoints.is_folder(name):
+        raise TracingError(f"{name} lies on this machine: NDIF serves models by hub id, such as meta-llama/Meta-Llama-3-8B")
+    if not (os.environ.get("NDIF_API_KEY") or CONFIG.API.APIKEY):
+        raise TracingError("no key of an NDIF account: set NDIF_API_KEY in the environment")
 
 
 def _read(model, site: str, layer: int) -> tuple:

@@ -20,53 +20,32 @@ carry no licence.
 
 from __future__ import annotations
 
-import csv
-import hashlib
 import json
 import random
-import urllib.request
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Sequence
+from dataclasses import replace
 from functools import partial
 from itertools import islice
 from pathlib import Path
 
-from huggingface_hub import constants
-from pyarrow import parquet
-
-from helpers import provenance
-from helpers.facts import DATA, N_DISTRACTORS, Fact, Facts, FactsError, load_relations, relation
+from helpers import datafiles, provenance
+from helpers.datafiles import HubData, SourceError, cell
+from helpers.facts import DATA, N_DISTRACTORS, Fact, Facts, load_relations, relation
 from helpers.unlearning.texts import general_texts
-
-
-class SourceError(FactsError):
-    """Data that cannot be had, or is not what it was; the message says what to do."""
-
-
-@dataclass(frozen=True)
-class HubData:
-    """A data set on the hub. `revision`: a commit; None where none could be looked up when this was written."""
-
-    repo: str
-    revision: str | None
-
 
 AUTHORS = "https://github.com/magikarp01/tasks/raw"
 ATHLETES = f"{AUTHORS}/73471cbf3351964123fcda79e3f147e1c63b796c/facts/data/sports.csv"
 ATHLETES_MD5 = "38a9edb49d1266c2853cb1586c45be0a"
 QUESTIONS = f"{AUTHORS}/b139e7b27fdf9b15bc2021d331097451e535ed33/facts/data/counterfact_mc_questions.parquet"
-COUNTERFACT = HubData("azhx/counterfact", "c01c413f856ee38f5c080c9fc5e87aff478e2ff9")
+COUNTERFACT = HubData("azhx/counterfact", "c01c413f856ee38f5c080c9fc5e87aff478e2ff9", "train+test")  # cut in two there
 TRACING = HubData("NeelNanda/counterfact-tracing", "c945b082ca08d0a8f3ba227fb78404a09614c36e")
 PAPER = HubData("PhillipGuo/counterfact-with-gemma-probs", None)
-PILE = HubData("monology/pile-uncopyrighted", "3be90335b66f24456a5d6659d9c8d208c0357119")
+PILE = HubData("monology/pile-uncopyrighted", "3be90335b66f24456a5d6659d9c8d208c0357119", instead="a file of texts in its place")
 # split of the authors' data set, and how many facts its filter keeps (for Llama not stated exactly): what tells a changed file
 PAPER_MODELS = {"gemma-7b": ("gemma_7b", 2189), "gemma-2-9b": ("gemma2_9b", 2250), "llama-3-8b": ("llama3_8b", None)}
 KNOWN, FEW_SHOT = 0.5, 64  # probability from which on a fact counts as known; rows at the end set aside for few-shot examples
 EDITS = {"edit_answer": "inject_sport_without_golf", "edit_answer_golf": "inject_sport_with_golf"}
-READERS = {".parquet": lambda path: parquet.read_table(path).to_pylist(), ".json": lambda path: json.loads(path.read_text("utf-8")),
-           ".jsonl": lambda path: [json.loads(line) for line in path.read_text("utf-8").splitlines() if line],
-           ".csv": lambda path: list(csv.DictReader(path.open(encoding="utf-8", newline="")))}
 TEXT_LENGTH = 4000  # characters of a text that are kept; training reads the first 100 tokens
 
 
@@ -98,11 +77,11 @@ def texts(source: str = "", n: int = 512, seed: int = 0, buffer: int = 50_000) -
         return _pile(n, seed, buffer)
     path = Path(source)
     if path.suffix == ".txt" and path.is_file():
-        found = [text.strip() for text in path.read_text(encoding="utf-8").split("\n\n") if text.strip()]
+        found = [text.strip() for text in datafiles.decoded(path).split("\n\n") if text.strip()]
     elif path.exists():
-        found = [row["text"] for row in _rows(source, None, "train", source, ("text",))]
+        found = [cell(source, number, row, "text") for number, row in enumerate(datafiles.rows(source, None, "train", source, ("text",)), 1)]
     else:
-        raise SourceError(f"no texts at {source!r}: give 'pile', a .txt file, or one of {', '.join(READERS)}")
+        raise SourceError(f"no texts at {source!r}: give 'pile', a .txt file, or one of {', '.join(datafiles.READERS)}")
     if len(found) < n:
         raise SourceError(f"{source}: {len(found)} texts, {n} are needed")
     return [text[:TEXT_LENGTH] for text in random.Random(f"texts-{seed}").sample(found, n)]
@@ -122,22 +101,25 @@ def text_sets(source: str = "", seed: int = 0, n: int = 512, n_held_out: int = 2
 def _athletes(where: str, edit: str) -> Facts:
     if edit not in EDITS:
         raise SourceError(f"paper-athletes: edit={edit!r}; there are {', '.join(EDITS)}")
-    path = Path(where) if where else _download(ATHLETES, ATHLETES_MD5)
+    path = Path(where) if where else datafiles.download(ATHLETES, ATHLETES_MD5)
     needed = ("athlete", "sport", *EDITS.values())
     sport = replace(load_relations(DATA / "relations.yaml")["sport"], examples=(("Tiger Woods", "golf"),))
-    made = []
-    for row in _rows("paper-athletes", None, "train", str(path), needed):
-        false = row[EDITS[edit]]
-        others = [option for option in sport.options if option not in (row["sport"], false)]
-        made.append(Fact(row["athlete"], sport, row["sport"], false, (false, *others)))
-    return Facts(tuple(made), "paper-athletes")
+    made = {}
+    for number, row in enumerate(datafiles.rows("paper-athletes", None, "train", str(path), needed), 1):
+        name, true, false = (cell("paper-athletes", number, row, column) for column in ("athlete", "sport", EDITS[edit]))
+        if name in made or true == false or not {true, false} <= set(sport.options):
+            raise SourceError(f"paper-athletes, row {number}: {name}, {true}, to be edited to {false}. Every athlete comes once, with two "
+                              f"different sports of {', '.join(sport.options)}")
+        others = [option for option in sport.options if option not in (true, false)]
+        made[name] = Fact(name, sport, true, false, (false, *others))
+    return Facts(tuple(made.values()), "paper-athletes")
 
 
 def _counterfact(where: str) -> Facts:
     rows = []
-    for row in _rows("counterfact", COUNTERFACT, "train", where, ("requested_rewrite", "paraphrase_prompts")):
+    for row in datafiles.rows("counterfact", COUNTERFACT, COUNTERFACT.split, where, ("requested_rewrite", "paraphrase_prompts")):
         asked = row["requested_rewrite"]
-        _columns("counterfact, requested_rewrite", asked, ("prompt", "subject", "relation_id", "target_true", "target_new"))
+        datafiles.columns("counterfact, requested_rewrite", asked, ("prompt", "subject", "relation_id", "target_true", "target_new"))
         rows.append({**asked, "prompt": asked["prompt"].replace("{}", asked["subject"], 1), "paraphrases": row["paraphrase_prompts"],
                      "target_true": asked["target_true"]["str"], "target_false": asked["target_new"]["str"]})
     return _facts("counterfact", rows)
@@ -145,20 +127,23 @@ def _counterfact(where: str) -> Facts:
 
 def _tracing(where: str) -> Facts:
     needed = ("prompt", "subject", "relation_id", "target_true", "target_false")
-    return _facts("counterfact-tracing", _rows("counterfact-tracing", TRACING, "train", where, needed))
+    return _facts("counterfact-tracing", datafiles.rows("counterfact-tracing", TRACING, TRACING.split, where, needed))
 
 
 def _paper_counterfact(model: str, where: str) -> Facts:
     """What the model knows, but for the last rows; with the authors' multiple-choice questions, which a local folder may have too."""
     name, (split, n_known) = f"paper-counterfact-{model}", PAPER_MODELS[model]
     needed = ("prompt", "prompt_id", "subject", "target_true", "target_false", "prob_of_correct_answer", "paraphrase_prompts")
-    every = [{**row, "paraphrases": row["paraphrase_prompts"]} for row in _rows(name, PAPER, split, where, needed)]
-    known = [row for row in every if row["prob_of_correct_answer"] >= KNOWN]
+    every = [{**row, "paraphrases": row["paraphrase_prompts"]} for row in datafiles.rows(name, PAPER, split, where, needed)]
+    try:
+        known = [row for row in every if float(row["prob_of_correct_answer"]) >= KNOWN]
+    except (TypeError, ValueError) as error:
+        raise SourceError(f"{name}: prob_of_correct_answer is to be a number in every row ({error})") from error
     if not where and n_known not in (None, len(known)):
         raise SourceError(f"{name}: the filter keeps {len(known)} facts, and {n_known} in the paper: {PAPER.repo} has changed. Give a copy "
                           f"of what you want to use: {name}:<path>")
     beside = Path(where) / Path(QUESTIONS).name
-    file = (beside if beside.is_file() else None) if where else _download(QUESTIONS)
+    file = (beside if beside.is_file() else None) if where else datafiles.download(QUESTIONS)
     return _facts(name, known[:-FEW_SHOT], every, {} if file is None else _questions(file))
 
 
@@ -172,11 +157,14 @@ def _facts(name: str, rows: Sequence[dict], every: Sequence[dict] | None = None,
     Wrong options are drawn from the answers of all rows (`every`) of the relation.
     """
     answers, seen, made = defaultdict(set), Counter(), []
-    for row in rows if every is None else every:
-        answers[_relation_name(row)].add(row["target_true"].strip())
-    for row in rows:
-        subject, true, false = (row[column].strip() for column in ("subject", "target_true", "target_false"))
+    for number, row in enumerate(rows if every is None else every, 1):
+        cell(name, number, row, "prompt"), cell(name, number, row, "subject")
+        answers[_relation_name(row)].add(cell(name, number, row, "target_true"))
+    for number, row in enumerate(rows, 1):
+        subject, true, false = (cell(name, number, row, column) for column in ("subject", "target_true", "target_false"))
         named, template = _relation_name(row), _template(row["prompt"], row["subject"])
+        if not template:
+            raise SourceError(f"{name}, row {number}: the prompt {row['prompt']!r} does not mention its subject, {subject}")
         paraphrases = tuple(filter(None, (_template(text, subject) for text in row.get("paraphrases", ()))))
         question, wrong = (questions or {}).get(row.get("prompt_id"), ("", ()))
         spare = [other for other in wrong if other not in (true, false)]
@@ -205,96 +193,15 @@ def _template(text: str, subject: str) -> str:
 
 def _questions(file: Path) -> dict:
     """prompt_id -> (question, wrong options) of the authors' multiple-choice questions."""
-    rows = _rows(file.name, None, "train", str(file), ("prompt_id", "question", "targets_false"))
+    rows = datafiles.rows(file.name, None, "train", str(file), ("prompt_id", "question", "targets_false"))
     return {row["prompt_id"]: (row["question"], tuple(wrong.strip() for wrong in row["targets_false"])) for row in rows}
 
 
 def _pile(n: int, seed: int, buffer: int) -> list[str]:
-    kept = _cache() / f"pile-{PILE.revision[:12]}-{n}-{seed}-{buffer}.json"
+    kept = datafiles.cache() / f"pile-{PILE.revision[:12]}-{n}-{seed}-{buffer}.json"
     if not kept.is_file():
-        stream = _dataset("pile", PILE, "train", streaming=True).shuffle(seed=seed, buffer_size=buffer)
-        with _explained("pile", PILE):
+        stream = datafiles.dataset("pile", PILE, PILE.split, streaming=True).shuffle(seed=seed, buffer_size=buffer)
+        with datafiles.explained("pile", PILE):
             found = [row["text"][:TEXT_LENGTH] for row in islice(stream, n)]
         provenance.write_json(kept, found)
     return json.loads(kept.read_text(encoding="utf-8"))
-
-
-def _rows(name: str, hub: HubData | None, split: str, where: str, needed: Sequence[str]) -> list[dict]:
-    """The rows of a data set of the hub, or in a local file or folder, which must have the columns needed."""
-    if not where or Path(where).is_dir():
-        table = _dataset(name, hub, split, where)
-        _columns(name, table.column_names, needed)
-        return table.to_list()
-    if Path(where).suffix not in READERS:
-        raise SourceError(f"{name}: {where} is neither a folder nor one of {', '.join(READERS)}")
-    try:
-        rows = READERS[Path(where).suffix](Path(where))
-    except (ValueError, csv.Error) as error:
-        raise SourceError(f"{name}: {where} cannot be read ({' '.join(str(error).split())[:200]})") from error
-    for row in rows:
-        _columns(name, row, needed)
-    return rows
-
-
-def _columns(name: str, found: Iterable[str], needed: Sequence[str]) -> None:
-    missing = [column for column in needed if column not in found]
-    if missing:
-        raise SourceError(f"{name}: no column {', '.join(missing)}; found {', '.join(map(str, found))}. The data set has changed, or this "
-                          "is another one")
-
-
-def _dataset(name: str, hub: HubData | None, split: str, where: str = "", streaming: bool = False):
-    """A data set of the hub, or one in a local folder that is laid out like one."""
-    import datasets  # takes seconds, and most facts do not need it
-
-    with _explained(name, hub):
-        if where:
-            return datasets.load_dataset(where, split=split)
-        return datasets.load_dataset(hub.repo, revision=hub.revision, split=split, streaming=streaming)
-
-
-class _explained:
-    """Turns what goes wrong inside into a `SourceError` that says what to do."""
-
-    def __init__(self, name: str, hub: HubData | None):
-        self.name, self.repo = name, hub.repo if hub else ""
-
-    def __enter__(self) -> None: ...
-
-    def __exit__(self, kind, error, _) -> None:
-        if not isinstance(error, Exception):
-            return
-        from datasets.exceptions import DatasetNotFoundError
-
-        said = " ".join(str(error).split())[:300]
-        if isinstance(error, DatasetNotFoundError) and "gated" in said:
-            raise SourceError(f"{self.name}: {self.repo} is gated: accept its terms on its page at huggingface.co and set HF_TOKEN in the "
-                              "environment") from error
-        if isinstance(error, DatasetNotFoundError):
-            raise SourceError(f"{self.name}: no data set {self.repo} on the hub, or it is private (set HF_TOKEN)") from error
-        if isinstance(error, ConnectionError):
-            raise SourceError(f"{self.name}: {self.repo} is not in the local cache, and the hub cannot be reached (offline, or "
-                              f"HF_HUB_OFFLINE is set: {said}). Load it once while online, or give a copy: {self.name}:<path>") from error
-        raise SourceError(f"{self.name}: cannot be read ({said})") from error
-
-
-def _cache() -> Path:
-    return Path(constants.HF_HOME) / "mechanistic-unlearning"
-
-
-def _download(url: str, md5: str = "") -> Path:
-    """A file of a web address, downloaded once."""
-    path = _cache() / f"{provenance.text_hash(url)[:12]}-{Path(url).name}"
-    if path.is_file():
-        return path
-    if constants.HF_HUB_OFFLINE:
-        raise SourceError(f"{url} is not in the cache, and HF_HUB_OFFLINE is set: unset it, or give a copy as <name>:<path>")
-    try:
-        with urllib.request.urlopen(url, timeout=60) as answer:
-            content = answer.read()
-    except OSError as error:
-        raise SourceError(f"{url} cannot be had ({error}): give a copy as <name>:<path>") from error
-    if md5 and hashlib.md5(content).hexdigest() != md5:
-        raise SourceError(f"{url} is not the file that the paper used (md5 {hashlib.md5(content).hexdigest()}, not {md5})")
-    provenance.write_atomic(path, lambda temporary: temporary.write_bytes(content))
-    return path

@@ -131,8 +131,8 @@ def _find_blocks(hf: PreTrainedModel, backbone: nn.Module) -> str:
     ]
     if len(lists) != 1:
         raise ModelError(
-            f"{type(hf).__name__} is not supported: looked in its backbone for one list of blocks "
-            f"that hold {' or '.join(_IN_BLOCK['attention'])}, found {_names(backbone)}."
+            f"{type(hf).__name__} is not supported; Llama, Gemma, Gemma2, Qwen3 and GPT-NeoX are, and what is laid out like them. Looked in "
+            f"its backbone for one list of blocks that hold {' or '.join(_IN_BLOCK['attention'])}, found {_names(backbone)}."
         )
     return lists[0]
 

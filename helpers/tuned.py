@@ -22,7 +22,7 @@ from pathlib import Path
 
 import yaml
 
-from helpers import metrics, presets, provenance, splits
+from helpers import metrics, presets, provenance, sources, splits
 from helpers.facts import load
 from helpers.localization.choices import NAMES, choose, is_window
 from helpers.masks import Mask
@@ -33,6 +33,7 @@ from helpers.unlearning.training import Settings
 from helpers.unlearning.tuning import FINETUNE, Log, Tuned, TuningError
 
 HEADER = "# Written by `python -m helpers.tuned`: the best of as many trials as other masks got, on practice facts.\n"
+N_TEXTS = 50  # general texts that a trial is read on
 MOST_READ = 64  # practice facts of a whole answer that a trial is read on
 
 
@@ -57,10 +58,15 @@ def practice(split: Split) -> tuple[Split, dict]:
 
 
 def search(model: Model, split: Split, masks: Sequence[Mask], objective: str = "edit", trials: int = 12, seed: int = 0,
-           folder: Path | str = "runs/tuning", settings: Settings = Settings(), rates: Log = FINETUNE["learning_rate"]) -> list[Tuned]:
-    """The same trials for each of the masks; those found in `folder` are not made again."""
+           folder: Path | str = "runs/tuning", settings: Settings = Settings(), rates: Log = FINETUNE["learning_rate"],
+           texts: str = "") -> list[Tuned]:
+    """The same trials for each of the masks; those found in `folder` are not made again. `texts`: see `sources.texts`."""
     drawn, measured = practice(split)
-    methods = [tuning.tunable_finetune(mask, objective, settings, seed=seed) for mask in masks]
+    taught = None
+    if texts:
+        taught, held_out = sources.text_sets(texts, n_held_out=N_TEXTS)
+        measured |= {"texts": held_out}
+    methods = [tuning.tunable_finetune(mask, objective, settings, taught, seed) for mask in masks]
     goal = "edit" if objective == "edit" else "forget"
     return tuning.tune_all(model, drawn, methods, {**FINETUNE, "learning_rate": rates}, trials, seed, Path(folder) / "trials", goal, **measured)
 
@@ -85,8 +91,9 @@ def _group(options: argparse.Namespace, names: Sequence[str]) -> tuple[str, str,
     known = known.edited_to(options.to) if options.to else known
     split = splits.split(known, options.forget)
     chosen = choose(model, known, split, names, lookup=options.lookup, seed=options.seed)
-    settings, rates = Settings(steps=options.steps, batch=options.batch), Log(*options.rates)
-    found = search(model, split, list(chosen.masks.values()), options.objective, options.trials, options.seed, options.folder, settings, rates)
+    settings = Settings(steps=options.steps, batch=options.batch, chunk=options.chunk, recompute=options.recompute)
+    found = search(model, split, list(chosen.masks.values()), options.objective, options.trials, options.seed, options.folder, settings,
+                   Log(*options.rates), options.texts)
     key, task = presets.identify(model.name) or model.name, presets.task_of(known.name, split.spec, options.objective)
     for tuned in found:
         path = Path(options.folder) / Path(key).name / task / f"{tuned.mask}.parquet"
@@ -108,6 +115,9 @@ def _arguments() -> argparse.ArgumentParser:
     parser.add_argument("--jobs", type=int, default=1, help="processes, each for some of the masks")
     parser.add_argument("--steps", type=int, default=Settings().steps, help="optimizer steps of a trial")
     parser.add_argument("--batch", type=int, default=presets.SMALL.batch, help="examples of each kind a step; the paper took 64")
+    parser.add_argument("--chunk", type=int, default=Settings().chunk, help="rows of a training pass, fewer where memory is short")
+    parser.add_argument("--recompute", action="store_true", help="run blocks again in the backward pass: less memory, more time")
+    parser.add_argument("--texts", default="", help="general text: pile, a file, or nothing for the tiny models' own kind")
     parser.add_argument("--rates", type=float, nargs=2, default=(FINETUNE["learning_rate"].low, FINETUNE["learning_rate"].high),
                         metavar=("LOW", "HIGH"), help="learning rates to draw from")
     parser.add_argument("--lookup", type=lambda text: tuple(map(int, text.split(","))), help="lookup MLPs chosen by hand, 2,3,4")

@@ -3,6 +3,7 @@
 import json
 import math
 import sys
+import types
 
 import pytest
 import small
@@ -62,6 +63,23 @@ def test_the_harness_sees_this_model(tmp_path, subset, n):
         logits = model.hf(ids, use_cache=False).logits[0, -1]
         right += int(logits[[40, 41, 42, 43]].argmax()) == i % 4
     assert (row["measure"], row["n"]) == ("own", n) and row["value"] == pytest.approx(right / n)
+
+
+def test_groups_count_the_questions_of_their_parts(monkeypatch):
+    """What the harness answers for a group such as MMLU: the share for the group, numbers for each part."""
+    asked = []
+
+    def simple_evaluate(served, tasks, limit, **options):
+        asked.append((tasks, limit, options["num_fewshot"]))
+        counts = {f"mmlu_{part}": {"original": 100, "effective": limit} for part in ("a", "b", "c")}
+        return {"results": {"mmlu": {"acc,none": 2 / 3}, **{part: {"acc,none": 0.5} for part in counts}}, "n-samples": counts}
+
+    monkeypatch.setitem(sys.modules, "lm_eval", types.SimpleNamespace(simple_evaluate=simple_evaluate))
+    monkeypatch.setitem(sys.modules, "lm_eval.models", types.SimpleNamespace())
+    monkeypatch.setitem(sys.modules, "lm_eval.models.huggingface", types.SimpleNamespace(HFLM=lambda **given: given["pretrained"]))
+    row = ability.on_questions(small.model(), ["mmlu"]).iloc[0]
+    assert asked == [(["mmlu"], 2, 0)] and (row["measure"], row["n"]) == ("mmlu", 6)
+    assert (row["value"], row["stderr"]) == pytest.approx((2 / 3, math.sqrt(2 / 9 / 6)))
 
 
 def test_unknown_tasks_are_named():

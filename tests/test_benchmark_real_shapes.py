@@ -10,7 +10,7 @@ import small
 import torch
 
 from benchmarks.measure import counted
-from benchmarks.real_shapes import Multiplied, arguments, build, texts, verdicts
+from benchmarks.real_shapes import LOOP, Multiplied, arguments, build, measure, texts, verdicts
 
 
 @pytest.mark.parametrize("family", families.FAMILIES)
@@ -41,6 +41,16 @@ def test_bars_are_judged_at_full_size_only():
     assert set(verdicts(table, False)["verdict"]) == {"not judged at this size"}
     without = verdicts(table[table["work"] != "attribution"], True).set_index("work")["verdict"]
     assert without["fact lookup and attribution"].startswith("not measured")
+
+
+def test_the_whole_of_it_on_a_narrow_model():
+    """Every line of the report, made; the plain loop gives the weights back."""
+    options = arguments(["qwen3-0.6b", "--width", "0.02", "--facts", "8", "--steps", "1", "--probed", "40", "--everything", "--device", "cpu"])
+    table = measure("qwen3-0.6b", options)
+    assert table["work"].tolist() == ["fact lookup", "causal tracing", "probes", "attribution", "edit, lookup", "edit, all MLPs", "edit, everything",
+                                      "relearning, LoRA", LOOP]
+    assert (table["seconds"] > 0).all() and table["gib"].isna().all() and (table.set_index("work")["share"].drop("probes") > 0).all()
+    assert set(verdicts(table, False)["verdict"]) == {"not judged at this size"}
 
 
 def test_texts_are_as_long_as_training_reads():

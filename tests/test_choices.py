@@ -7,7 +7,7 @@ import pytest
 
 from helpers.localization import choices
 from helpers.localization.choices import choose, is_window
-from helpers.masks import SelectionError, size
+from helpers.masks import SelectionError, mask, size
 from helpers.splits import split
 
 LOOKUP = (1, 2)
@@ -41,6 +41,21 @@ def test_each_rival_takes_the_units_its_scores_put_first(chosen):
         if name.endswith("MLPs"):
             scores = scores[[unit.startswith("mlp") for unit in scores.index]]
         assert set(units) == set(scores.sort_values(ascending=False).index[:len(units)])
+
+
+def test_what_is_given_is_not_sought(everyone, chosen, monkeypatch):
+    """Published masks: they are taken as they are, lookup among them is the budget of the others, and nothing is localized for them."""
+    model = cases.random_model()
+    given = {"lookup": mask(model, ["mlp 2"], "published"), "causal tracing": mask(model, ["attn 0"], "published")}
+    for place in ((choices.fact_lookup, "sports"), (choices.causal_tracing, "trace_components")):
+        monkeypatch.setattr(*place, lambda *a, **k: pytest.fail("localized, though the mask is given"))
+    found = choose(model, everyone, cases.a_split(), ["lookup", "causal tracing", "random MLPs", "attribution MLPs"], given=given)
+    assert found.lookup is None and found.lookup_layers == (2,)
+    assert {name: m.units for name, m in found.masks.items() if name in given} == {"lookup": ("mlp 2",), "causal tracing": ("attn 0",)}
+    assert all(m.name == name for name, m in found.masks.items()) and len(found.masks["random MLPs"].layers) == 1
+    assert found.masks["attribution MLPs"].n_parameters == given["lookup"].n_parameters
+    by_hand = choose(model, everyone, cases.a_split(), ["lookup"], given=given, lookup=LOOKUP)
+    assert by_hand.lookup_layers == LOOKUP and by_hand.masks["lookup"].digest == chosen.masks["lookup"].digest
 
 
 def test_windows_are_all_runs_of_as_many_mlps(chosen):

@@ -1,11 +1,13 @@
 """Code in the documents runs as it stands, and every file that they link to is there."""
 
 import re
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
-from helpers import attacks, metrics
+from helpers import attacks, memory, metrics, presets, selection
+from helpers.unlearning.training import Settings
 
 ROOT = Path(__file__).resolve().parents[1]
 DOCUMENTS = sorted([ROOT / "README.md", *(ROOT / "docs").glob("*.md")])
@@ -21,6 +23,21 @@ def test_extending(monkeypatch):
     with edit.applied(model):
         shouted = metrics.ask(model, parts.forget, "capitalised")
     assert rows[(rows["setting"] == "shout") & (rows["group"] == "forget")]["top_true"].tolist() == shouted["top_true"].tolist()
+
+
+@pytest.mark.parametrize("name", ["qwen3-0.6b", "gemma-2-2b"])
+def test_the_hardware_ladder(name):
+    """The numbers of docs/real_models.md are those that are counted."""
+    table = (ROOT / "docs/real_models.md").read_text()
+    row = next(line for line in table.splitlines() if line.lower().startswith("|") and f"| {name} |" in line.lower())
+    stated = [float(cell) for cell in row.strip("| ").split("|")[2:]]
+    bare, how = memory.skeleton(presets.config(name)), Settings(chunk=4, recompute=True)
+    lookup = memory.of_edit(bare, presets.likely_lookup(bare), how)
+    everything = memory.of_edit(bare, selection.everything(bare), replace(how, masters=False))
+    sizes = [memory.of_localization(bare, 16), lookup, everything]
+    counted = [size.total / memory.GIB for size in sizes]
+    counted.insert(2, lookup.work * how.steps / presets.RATE / 60)
+    assert stated == pytest.approx(counted, abs=0.051)
 
 
 @pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: path.name)

@@ -132,11 +132,12 @@ def clearest(scores) -> int:
     return 1 + int(np.argmax((size[:-1] - size[1:])[: len(size) // 2]))
 
 
-def test_bf16_and_fp32_select_the_same_layers():
-    """On the bundled model: MLPs by attribution and by causal tracing, extraction heads by path patching."""
+@pytest.mark.parametrize("name", ["tiny-gemma2", "tiny-llama3", "tiny-gemma"])
+def test_bf16_and_fp32_select_the_same_layers(name):
+    """On the bundled models: MLPs by attribution and by causal tracing, extraction heads by path patching."""
     found = {}
     for dtype in ("float32", "bfloat16"):
-        model = load_model("tiny-llama3", dtype=dtype, device="cpu", check=False)
+        model = load_model(name, dtype=dtype, device="cpu", check=False)
         twins = pairs(model, bundled.load("athletes")[:48], "cloze")
         found[dtype] = {
             "attribution": component_scores(attribute(model, twins, ("mlp",)), "score"),

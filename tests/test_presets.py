@@ -1,7 +1,11 @@
 """Presets: the published numbers, to the masks and models that they were published for, and clear refusals for all others."""
 
+import ast
 from dataclasses import replace
+from itertools import product
+from pathlib import Path
 
+import pandas as pd
 import pytest
 import small
 import torch
@@ -74,6 +78,69 @@ def test_what_was_not_published_is_refused(arguments, message):
             call()
 
 
+def test_published_masks_take_the_place_of_localizing():
+    model = replace(memory.skeleton(presets.config("gemma-2-9b")), name="google/gemma-2-9b")
+    found = presets.given("paper", model, "athletes", ["causal tracing", "everything", "random", "windows"])
+    assert {name: chosen.units for name, chosen in found.items()} == {
+        name: presets.layers(model, "athletes", name).units for name in ("lookup", "causal tracing")}
+    assert presets.given("paper", model, "counterfact-sequential", ["lookup"]) == {}  # localized anew in each slice, also by the paper
+    assert presets.given("tuned", model, "athletes", ["lookup"]) == presets.given("", model, "athletes", ["lookup"]) == {}
+
+
+def test_what_a_preset_lacks_is_said_before_anything_is_loaded():
+    presets.check("paper", "google/gemma-2-9b", ["athletes", "whole-sport"], ["lookup", "everything", "windows", "MLP 2-4"])
+    presets.check("tuned", "no/such-model", ["anything"], ["lookup"])
+    with pytest.raises(PresetError, match="nothing published for task 'unlearn-sport'"):
+        presets.check("paper", "google/gemma-2-9b", ["athletes", "unlearn-sport"], ["lookup"])
+    with pytest.raises(PresetError, match="mask 'ct': what an edit takes is counted for lookup and everything"):
+        presets.expected("gemma-2-9b", "ct")
+
+
+# spec section 4.1: learning rate / weight of lookup, causal tracing and everything, for gemma-7b, gemma-2-9b and llama-3-8b
+RATES = {
+    "athletes": "1e-5/5 1e-5/.1 2e-6/.2  1e-5/1 5e-5/5 2e-5/5  5e-5/5 1e-4/2 2e-5/2",
+    "whole-sport": "2e-5/5 5e-6/1 5e-6/1  5e-5/5 5e-5/5 1e-5/5  5e-5/.2 5e-5/1 1e-5/.1",
+    "counterfact-16": "5e-6/.1 5e-6/.2 5e-6/.2  5e-5/2 5e-5/2 5e-6/1  1e-4/1 2e-5/.1 2e-5/2",
+    "counterfact-64": "1e-5/2 2e-5/1 2e-6/1  2e-5/.5 2e-5/2 5e-6/1  5e-5/.2 5e-5/2 1e-5/.2",
+    "counterfact-sequential": "1e-5/2 2e-5/1 2e-6/1  2e-5/.5 2e-5/2 5e-6/1  5e-5/.2 5e-5/2 1e-5/.2",
+    "unlearn-sport": "1e-5/.2 1e-5/.2 1e-5/.2",
+    "unlearn-athletes": "1e-5/1 1e-5/1 1e-5/1",
+}
+
+
+@pytest.mark.parametrize("task", RATES)
+def test_every_published_rate(task):
+    cells = list(product(("gemma-7b", "gemma-2-9b", "llama-3-8b"), ("lookup", "causal tracing", "everything")))
+    for (model, mask_name), pair in zip(cells, RATES[task].split(), strict=False):
+        found = settings("paper", model, task, mask_name, DEFAULTS)
+        assert [found.learning_rate, found.forget_weight] == [float(number) for number in pair.split("/")], (model, mask_name)
+    assert len(RATES[task].split()) == 3 * sum(task in tasks for tasks in yaml.safe_load(presets.PUBLISHED.read_text())["published"].values())
+
+
+METHODS = {"flu": "manual_interp", "ap": "localized_ap", "ap-mlps": "localized_ap_mlps", "ct": "localized_ct", "ct-mlps": "localized_ct_mlps"}
+
+
+@pytest.mark.parametrize("choice", selection.PUBLISHED)
+def test_every_published_layer(choice):
+    """Against the table of what the authors' runs trained, where that is at hand."""
+    table = Path(__file__).parents[2] / "shared" / "paper" / "selected_components.csv"
+    if not table.is_file():
+        pytest.skip(f"no {table.name} beside the project")
+    model, task, method = choice.split()
+    rows = pd.read_csv(table)
+    own = rows["experiment"].str.split("_").str[0] == {"gemma-7b": "gemma", "gemma-2-9b": "gemma2", "llama-3-8b": "llama3"}[model]
+    own &= (rows["localization"] == METHODS[method]) & (rows["slice_index"] == 0)
+    counterfact, _, n = task.partition("-")
+    own &= rows["source_dir"].str.endswith("counterfact") == (counterfact == "counterfact")
+    own &= rows["experiment"].str.contains(f"forget_{n}" if n else "forget_") & ~rows["experiment"].str.contains("sequential|copy")
+    bare = memory.skeleton(presets.config(model))
+    chosen = {(kind, layer) for kind, layer in (unit.split() for unit in selection.preset(bare, model, task, method).units)}
+    assert own.any()
+    for row in rows[own].itertuples():
+        layers = {"attn": ast.literal_eval(row.attn_layers_full_qkvo), "mlp": ast.literal_eval(row.mlp_layers_full)}
+        assert chosen == {(kind, str(layer)) for kind, found in layers.items() for layer in found}, row.experiment
+
+
 def test_no_preset_is_the_defaults():
     assert settings("", "anything", "any task", "any mask", DEFAULTS) == DEFAULTS
     assert source("", "anything", "any task", "any mask") == "defaults"
@@ -113,6 +180,9 @@ def test_tuned_settings(tmp_path, monkeypatch):
         ("paper-counterfact-gemma-7b", "first-16", "edit", "counterfact-16"),
         ("athletes", "first-32", "edit", "athletes first-32"),
         ("world", "first-64", "edit", "world first-64"),
+        ("paper-athletes:data/sports.csv", "first-16", "edit", "athletes"),
+        ("counterfact:rows.jsonl", "first-64", "edit", "counterfact-64"),
+        ("data/my-athletes.csv", "first-64", "edit", "my-athletes first-64"),  # somebody else's: nothing is published for them
     ],
 )
 def test_tasks(facts, forget, objective, task):

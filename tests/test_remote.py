@@ -40,3 +40,14 @@ def test_what_cannot_be_done_there():
             remote.run("any/model", prompts, [edit], agreed=True)
     with pytest.raises(TracingError, match="there are ndif, local"):
         remote.run("any/model", prompts, where="elsewhere")
+
+
+def test_what_ndif_would_refuse_is_refused_here(tmp_path, monkeypatch, capsys):
+    monkeypatch.delenv("NDIF_API_KEY", raising=False)
+    monkeypatch.setattr(remote.CONFIG.API, "APIKEY", None)
+    for name in (str(tmp_path), "tiny-llama3"):
+        with pytest.raises(TracingError, match=f"{name} lies on this machine: NDIF serves models by hub id"):
+            remote.run(name, families.prompts(), agreed=True)
+    with pytest.raises(TracingError, match="no key of an NDIF account: set NDIF_API_KEY"):
+        remote.run("any/model", families.prompts(), agreed=True)
+    assert "go to NDIF" not in capsys.readouterr().out

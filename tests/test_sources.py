@@ -11,9 +11,10 @@ import small
 from datasets.exceptions import DatasetNotFoundError
 from huggingface_hub import constants
 
-from helpers import facts, metrics, sources
+from helpers import datafiles, facts, metrics, sources
 from helpers.facts import FactsError, split
-from helpers.sources import SourceError, load, texts
+from helpers.datafiles import SourceError
+from helpers.sources import load, texts
 
 CITIES = ("Paris", "Rome", "Oslo", "Lima", "Cairo")
 
@@ -87,7 +88,7 @@ def test_athletes_with_the_papers_edit_answers(tmp_path):
 def test_the_download_is_checked_and_kept(tmp_path, monkeypatch):
     content, asked = athletes_file(tmp_path).read_bytes(), []
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
-    monkeypatch.setattr(sources.urllib.request, "urlopen", lambda url, timeout: asked.append(url) or (tmp_path / "sports.csv").open("rb"))
+    monkeypatch.setattr(datafiles.urllib.request, "urlopen", lambda url, timeout: asked.append(url) or (tmp_path / "sports.csv").open("rb"))
     with pytest.raises(SourceError, match="is not the file that the paper used"):
         load("paper-athletes")
     monkeypatch.setattr(sources, "ATHLETES_MD5", hashlib.md5(content).hexdigest())
@@ -102,9 +103,9 @@ def test_nothing_to_download_from(monkeypatch):
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
 
     def refuse(url, timeout):
-        raise sources.urllib.request.HTTPError(url, 404, "Not Found", {}, None)
+        raise datafiles.urllib.request.HTTPError(url, 404, "Not Found", {}, None)
 
-    monkeypatch.setattr(sources.urllib.request, "urlopen", refuse)
+    monkeypatch.setattr(datafiles.urllib.request, "urlopen", refuse)
     with pytest.raises(SourceError, match="cannot be had .*404.*: give a copy"):
         load("paper-athletes")
 
@@ -213,12 +214,50 @@ def test_the_hub_offline():
         facts.load("counterfact-tracing")
 
 
-def test_revisions_are_pinned(monkeypatch):
-    asked = []
-    stored = datasets.Dataset.from_list(full_rows())
-    monkeypatch.setattr(datasets, "load_dataset", lambda repo, **given: asked.append((repo, given["revision"])) or stored)
-    load("counterfact")
-    assert asked == [("azhx/counterfact", "c01c413f856ee38f5c080c9fc5e87aff478e2ff9")]
+def test_revisions_are_pinned_and_all_parts_read(monkeypatch):
+    """The full data set is cut into two parts on the hub, 19,728 + 2,191 facts."""
+    asked, stored = [], {"azhx/counterfact": full_rows(), "NeelNanda/counterfact-tracing": tracing_rows()}
+
+    def give(repo, revision, split, streaming):
+        asked.append((repo, revision, split))
+        return datasets.Dataset.from_list(stored[repo])
+
+    monkeypatch.setattr(datasets, "load_dataset", give)
+    load("counterfact"), load("counterfact-tracing")
+    assert asked == [("azhx/counterfact", "c01c413f856ee38f5c080c9fc5e87aff478e2ff9", "train+test"),
+                     ("NeelNanda/counterfact-tracing", "c945b082ca08d0a8f3ba227fb78404a09614c36e", "train")]
+
+
+ATHLETE = {"athlete": "Ann Lee", "sport": "baseball", "inject_sport_with_golf": "golf", "inject_sport_without_golf": "football"}
+
+
+@pytest.mark.parametrize("rows, said", [
+    ([], "paper-athletes: no rows"),
+    ([ATHLETE, {**ATHLETE, "athlete": "Bo Ray", "sport": "chess"}], "row 2: Bo Ray, chess, to be edited to football.*baseball"),
+    ([{**ATHLETE, "inject_sport_without_golf": "baseball"}], "row 1: Ann Lee, baseball, to be edited to baseball"),
+    ([ATHLETE, ATHLETE], "row 2: Ann Lee.*Every athlete comes once"),
+    ([{**ATHLETE, "sport": None}], "row 1: sport is None, and has to be text"),
+])
+def test_athletes_that_cannot_be_used(tmp_path, rows, said):
+    with pytest.raises(SourceError, match=said):
+        load("paper-athletes", written(tmp_path, rows, ".json"))
+
+
+@pytest.mark.parametrize("change, said", [
+    ({"target_true": None}, "counterfact-tracing, row 3: target_true is None"), ({"subject": " "}, "row 3: subject is ' '"),
+    ({"prompt": "It lies in"}, "row 3: the prompt 'It lies in' does not mention its subject, Thing 2")])
+def test_rows_that_cannot_be_used(tmp_path, change, said):
+    rows = tracing_rows()
+    rows[2] |= change
+    with pytest.raises(SourceError, match=said):
+        load("counterfact-tracing", written(tmp_path, rows, ".jsonl"))
+
+
+def test_probabilities_have_to_be_numbers(tmp_path):
+    row = {**tracing_rows(1)[0], "prompt_id": 0, "paraphrase_prompts": []}
+    rows = [{**row, "prob_of_correct_answer": chance} for chance in (0.9, "likely")]
+    with pytest.raises(SourceError, match="prob_of_correct_answer is to be a number in every row .*likely"):
+        load("paper-counterfact-gemma-7b", written(tmp_path, rows, ".json"))
 
 
 def test_names_and_paths(tmp_path):
@@ -236,6 +275,9 @@ def test_names_and_paths(tmp_path):
     (tmp_path / "rows.json").write_text("[{]")
     with pytest.raises(SourceError, match="rows.json cannot be read"):
         load("counterfact", str(tmp_path / "rows.json"))
+    (tmp_path / "rows.json").write_text('{"data": []}')
+    with pytest.raises(SourceError, match="a list of objects is expected, not dict"):
+        load("counterfact", str(tmp_path / "rows.json"))
 
 
 # Texts ----------------------------------------------------------------------------------------------
@@ -252,6 +294,13 @@ def test_texts_from_files(tmp_path):
         texts(str(tmp_path / "own.txt"), 10)
     with pytest.raises(SourceError, match="no texts at 'nowhere': give 'pile'"):
         texts("nowhere")
+    with pytest.raises(SourceError, match="rows.jsonl, row 2: text is None"):
+        texts(written(tmp_path, [{"text": "one"}, {"text": None}], ".jsonl"), 1)
+    (tmp_path / "latin.txt").write_bytes("naïve".encode("latin-1"))
+    with pytest.raises(SourceError, match="latin.txt: not UTF-8"):
+        texts(str(tmp_path / "latin.txt"), 1)
+    with pytest.raises(SourceError, match="pile: monology/pile-uncopyrighted is not in the local cache.*or give a file of texts in its place"):
+        texts("pile", 6)
     assert texts("", 3) == sources.general_texts(3)
 
 

@@ -18,6 +18,9 @@ from helpers.unlearning.training import Settings
 from helpers.unlearning.tuning import TuningError, validation
 
 
+TASK = "my-athletes first-16"
+
+
 def keys(*sets):
     return {fact.key for some in sets for fact in some}
 
@@ -71,16 +74,16 @@ def test_practice_keeps_away_from_the_facts_that_are_read_in_the_end():
 def test_every_mask_gets_the_same_points_and_the_best_is_what_the_preset_gives(done, monkeypatch):
     monkeypatch.setattr(presets, "TUNED", done / "kept")
     model = str(done / "small")
-    tables = {name: pd.read_parquet(done / "trials" / "small" / "athletes" / f"{name}.parquet") for name in ("lookup", "all MLPs")}
+    tables = {name: pd.read_parquet(done / "trials" / "small" / TASK / f"{name}.parquet") for name in ("lookup", "all MLPs")}
     for name, table in tables.items():
         assert table["trial"].tolist() == [0, 1]
         assert table[["learning_rate", "forget_weight"]].equals(tables["lookup"][["learning_rate", "forget_weight"]])
-        best, kept = table.loc[table["ours"].idxmax()], read(done / "kept", "athletes", name)
+        best, kept = table.loc[table["ours"].idxmax()], read(done / "kept", TASK, name)
         assert kept["learning_rate"] == pytest.approx(best["learning_rate"], rel=1e-3)
         assert kept["forget_weight"] == pytest.approx(best["forget_weight"], rel=1e-3)
         assert kept["provenance"]["score"] == pytest.approx(best["ours"], abs=1e-4) and kept["provenance"]["trials"] == 2
         assert kept["provenance"]["facts"] == "my-athletes first-16"
-        given = presets.settings("tuned", model, "athletes", name, Settings())
+        given = presets.settings("tuned", model, TASK, name, Settings())
         assert given == Settings(learning_rate=kept["learning_rate"], forget_weight=kept["forget_weight"], steps=3, batch=16)
 
 
@@ -97,14 +100,28 @@ def test_several_processes_find_what_one_finds(asked, done, tmp_path):
     again = [*asked[0], "--jobs", "2", "--folder", str(tmp_path / "trials"), "--kept", str(tmp_path / "kept")]
     assert tuned.main(again) == 0
     for name in ("lookup", "all MLPs"):
-        assert read(tmp_path / "kept", "athletes", name) == read(done / "kept", "athletes", name)
+        assert read(tmp_path / "kept", TASK, name) == read(done / "kept", TASK, name)
 
 
 def test_a_whole_answer_can_be_tuned(asked, done):
     arguments = [*asked[0], "--to", "golf", "--forget", "answer-football", "--masks", "all MLPs", "--trials", "1"]
     assert tuned.main(arguments) == 0
-    kept = read(done / "kept", "whole-sport", "all MLPs")
+    kept = read(done / "kept", "my-athletes answer-football", "all MLPs")
     assert kept["provenance"]["facts"] == "my-athletes answer-football" and 2e-4 <= kept["learning_rate"] <= 2e-2
+
+
+def test_real_models_are_tuned_on_text_and_in_chunks_of_ones_own(asked, done, tmp_path, monkeypatch):
+    own = [f"text number {i} of these" for i in range(600)]
+    (tmp_path / "own.txt").write_text("\n\n".join(own))
+    seen, measured = [], []
+    train, read_on = tuning.finetune, tuning.measure
+    monkeypatch.setattr(tuning, "finetune", lambda *a: seen.append(a) or train(*a))
+    monkeypatch.setattr(tuning, "measure", lambda *a, **k: measured.append(k["texts"]) or read_on(*a, **k))
+    more = ["--texts", str(tmp_path / "own.txt"), "--chunk", "4", "--recompute", "--masks", "lookup", "--trials", "1", "--kept", str(tmp_path)]
+    assert tuned.main([*asked[0], *more]) == 0
+    (*_, settings, taught, _), = seen
+    assert (settings.chunk, settings.recompute) == (4, True) and len(taught) == 512 and set(taught) <= set(own)
+    assert all(len(texts) == tuned.N_TEXTS and set(texts) <= set(own) - set(taught) for texts in measured) and len(measured) == 2
 
 
 @pytest.mark.parametrize("changed, said", [

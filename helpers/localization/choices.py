@@ -10,7 +10,7 @@ of fact lookup are trained on all known facts. Nothing is computed that no name 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 import pandas as pd
@@ -31,10 +31,11 @@ NAMES = (*PLAIN, *SCORED, "windows")
 
 @dataclass(frozen=True, eq=False)
 class Choices:
-    """`masks` by name; `lookup`: how fact lookup chose (None where it was given by hand); `scores` of attention blocks and MLPs."""
+    """`masks` by name; `lookup`: how fact lookup chose (None where it was given), and `lookup_layers`; `scores` of attention blocks and MLPs."""
 
     masks: dict[str, Mask]
     lookup: fact_lookup.Lookup | None
+    lookup_layers: tuple[int, ...]
     scores: dict[str, pd.Series] = field(repr=False)
 
     def layers(self, name: str) -> str:
@@ -50,7 +51,7 @@ class Choices:
 
 
 def choose(model: Model, known: Facts, split: Split, names: Sequence[str] = ("lookup",), *, lookup: Sequence[int] | None = None,
-           format: str = "cloze", n_facts: int = 64, samples: int = 3, seed: int = 0, draw: int | None = None,
+           given: Mapping[str, Mask] = {}, format: str = "cloze", n_facts: int = 64, samples: int = 3, seed: int = 0, draw: int | None = None,
            batch_size: int = 64) -> Choices:
     """The masks of these names for editing `split.forget`.
 
@@ -58,6 +59,7 @@ def choose(model: Model, known: Facts, split: Split, names: Sequence[str] = ("lo
         known: the facts the model knows; partners and probes come from them.
         names: of NAMES, or single windows ("MLP 2-4"); "windows" stands for every window of as many MLPs as fact lookup chose.
         lookup: layers of the lookup MLPs, where they are known already or chosen by hand.
+        given: masks that are not to be found here, by name, such as the published ones (`presets.given`).
         n_facts: how many of the facts to be edited the localizations see, at most (a whole sport has hundreds).
         samples: noise samples of causal tracing.
         seed: of partners, probes and noise.
@@ -71,21 +73,25 @@ def choose(model: Model, known: Facts, split: Split, names: Sequence[str] = ("lo
         raise SelectionError(f"masks {', '.join(unknown) or '(none)'}: there are {', '.join(NAMES)}, and windows such as 'MLP 2-4'")
     draw = seed if draw is None else draw
     twins = pairs(model, split.forget[:n_facts], format, partners=known, seed=seed, minimum=2)
+    lookup = given["lookup"].layers if lookup is None and "lookup" in given else lookup
     found = look_up(model, known, split, format=format, n_facts=n_facts, seed=seed, batch_size=batch_size) if lookup is None else None
     layers = tuple(lookup) if found is None else found.layers
     if not layers:
         raise SelectionError(f"{model.name}: fact lookup chooses no MLP ({found.rule}); name layers by hand")
     flu = masks.mask(model, [f"mlp {layer}" for layer in layers], "lookup")
     scores, chosen = {}, {}
-    if any(name.startswith("causal tracing") for name in names):
+    sought = [name for name in names if name not in given]
+    if any(name.startswith("causal tracing") for name in sought):
         scores["causal tracing"] = component_scores(causal_tracing.trace_components(model, twins.clean, ("attn", "mlp"),
                                                                                     samples=samples, seed=seed))
-    if any(name.startswith("attribution") for name in names):
+    if any(name.startswith("attribution") for name in sought):
         found_at_heads = attribution.attribute(model, twins, ("head", "mlp"))
         scores["attribution"] = selection.whole_units(component_scores(found_at_heads, "score"))
     for name in names:
         method = name.removesuffix(" MLPs")
-        if name in SCORED:
+        if name in given and name != "lookup":
+            chosen[name] = given[name]
+        elif name in SCORED:
             kinds = ("mlp",) if name.endswith("MLPs") else ("attn", "mlp")
             chosen[name] = selection.greedy(model, scores[method], flu.n_parameters, kinds, name)
         elif name == "windows":
@@ -99,7 +105,7 @@ def choose(model: Model, known: Facts, split: Split, names: Sequence[str] = ("lo
                             "random": lambda: selection.random_units(model, flu.n_parameters, draw),
                             "random MLPs": lambda: selection.random_mlps(model, len(layers), draw)}[name]()
     # the names of claims, under which rows are stored: a random mask is drawn anew with each seed, under one name
-    return Choices({name: replace(mask, name=name) for name, mask in chosen.items()}, found, scores)
+    return Choices({name: replace(mask, name=name) for name, mask in chosen.items()}, found, layers, scores)
 
 
 def is_window(name: str) -> bool:
