@@ -47,7 +47,7 @@ def test_editing_other_facts_with_masks_of_ones_own(tmp_path):
 
 
 def test_unlearning(tmp_path):
-    rows, found, checks = execute("05_localized_unlearning", tmp_path)
+    rows, found, checks = execute("05_localized_unlearning", tmp_path, trials=2)  # made here, although some are stored
     assert well_formed(found)
     trials = rows[rows["group"] == "trial"].groupby("objective")
     assert trials.size().nunique() == 1 and trials["learning_rate"].apply(tuple).nunique() == 1  # the same draws for all
@@ -64,3 +64,10 @@ def test_unlearning(tmp_path):
 @pytest.mark.parametrize("given, said", [({"answer": "chess"}, "answers are"), ({"to": "basketball"}, "is the true answer"), ({"masks": "luckup"}, "there are lookup")])
 def test_what_is_not_there_is_named(given, said, tmp_path):
     assert said in cases.refused("05_localized_unlearning", tmp_path, **given)
+
+
+@pytest.mark.parametrize("name", ["04_localized_editing", "05_localized_unlearning", "06_attacks", "09_mechanism_or_depth", "11_scaling"])
+def test_settings_that_were_not_published_are_refused_before_the_model_is_loaded(name, tmp_path):
+    """The model does not even exist."""
+    assert "nothing published for task 'world first-64'" in cases.refused(name, tmp_path, model="nobody/gemma-2-9b", preset="paper", facts="world", **(
+        {"forget": "first-64"} if name[:2] in ("04", "06", "09") else {"profile": "standard"}))
