@@ -24,8 +24,9 @@ def spider(table: pd.DataFrame, hue: str = "mask", title: str = "") -> Figure:
     if len(measures) < 3:
         raise ValueError(f"a spider plot needs three measures or more, not {', '.join(measures) or 'none'}")
     angles = np.linspace(0, 2 * np.pi, len(measures), endpoint=False)
-    figure, ax = canvas(width=6.6, height=4.6, subplot_kw={"projection": "polar"})
     groups, coloured = list(table.groupby(hue, sort=False)), colours(table[hue])
+    columns = 2 if max(len(str(name)) for name, _ in groups) > 16 else 3
+    figure, ax = canvas(width=6.6, height=4.6 + 0.2 * -(-len(groups) // columns), subplot_kw={"projection": "polar"})
     for i, (name, rows) in enumerate(groups):
         rows = rows.set_index("measure").reindex(measures)
         shift = 0.02 * (i - (len(groups) - 1) / 2)  # so that intervals on one axis do not hide each other
@@ -43,7 +44,7 @@ def spider(table: pd.DataFrame, hue: str = "mask", title: str = "") -> Figure:
     ax.set_ylim(0, 1)
     ax.set_yticks([0.25, 0.5, 0.75, 1], ["", ".5", "", "1"], fontsize=8, color="0.4")
     ax.set_title(title, pad=24)
-    figure.legend(*ax.get_legend_handles_labels(), loc="outside right upper", fontsize=8)
+    figure.legend(*ax.get_legend_handles_labels(), loc="outside lower center", ncols=columns, fontsize=8)
     return figure
 
 

@@ -53,6 +53,8 @@ def pictures(kind: Kind, rows: pd.DataFrame, chance: Mapping[str, float]) -> Ite
     """All figures of a kind that the rows allow; `chance` by facts, as `floors` gives it."""
     chosen = kind.select(selections.named(rows))
     for (model, facts, tried), part in chosen.groupby(["model", "about", "tried"], sort=False):
+        if set(part["mask"]) <= {selections.UNEDITED, selections.SHUFFLED}:  # nothing to compare it with
+            continue
         table = stats.summary(part, [*kind.by, "reading"])
         table = table.assign(chance=[0.25 if is_mcq else chance.get(facts) for is_mcq in _multiple_choice(part, table, kind.by)])
         drawn = table[table["reading"] == kind.reading]

@@ -45,7 +45,8 @@ def named(rows: pd.DataFrame) -> pd.DataFrame:
     several = rows[alone].groupby(["model", "facts"])["method"].nunique()
     others = pd.Series(several.reindex(pd.MultiIndex.from_frame(rows[["model", "facts"]])).to_numpy(), rows.index)
     together = alone & (others > 1)
-    return rows.assign(**parts, mask=mask.where(~together, rows["method"] + ", " + mask), about=rows["facts"],
+    both = [method if method.endswith(f", {place}") else f"{method}, {place}" for method, place in zip(rows["method"], mask)]
+    return rows.assign(**parts, mask=mask.where(~together, both), about=rows["facts"],
                        tried=rows["method"].where(~together, "one mask each"))
 
 
