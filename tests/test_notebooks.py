@@ -19,8 +19,6 @@ from helpers import conventions, facts, notebooks, parameters
 
 FOLDER = cases.FOLDER
 ALL = [path.stem for path in notebooks.select([], FOLDER)]
-# they run, but their committed form has no outputs yet: the standard run waits for hyper-parameters tuned with equal effort
-DRAFTS = [name for name in ALL if name[:2] in ("11", "12")]
 DEFAULT = facts.DATA / "models" / "tiny-gemma2"
 
 
@@ -51,12 +49,7 @@ def test_form(name):
     assert conventions.problems(FOLDER / f"{name}.ipynb") == []
 
 
-def draft(name):
-    """A strict mark, so that it has to go as soon as the notebook is committed with outputs."""
-    return pytest.param(name, marks=pytest.mark.xfail(strict=True, reason="not executed in the standard profile yet")) if name in DRAFTS else name
-
-
-@pytest.mark.parametrize("name", [draft(name) for name in ALL])
+@pytest.mark.parametrize("name", ALL)
 def test_committed_with_outputs(name):
     cells = json.loads((FOLDER / f"{name}.ipynb").read_text())["cells"]
     assert any(cell.get("outputs") for cell in cells)
