@@ -83,9 +83,19 @@ def bytes_a_prompt(model: Model, tokens: int) -> int:
     return tokens * model.n_layers * numbers * model.dtype.itemsize
 
 
+def kind(device: str | torch.device) -> str:
+    """`cuda`, `cpu` or `mps`: of what kind a device is, or the one that `load_model` takes for `auto` and `split`."""
+    if str(device) in ("auto", "split"):
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    return torch.device(device).type
+
+
 def free(device: str | torch.device) -> int:
-    """Bytes that are free on a device now (on the CPU: of main memory)."""
-    if torch.device(device).type == "cuda":
+    """Bytes that are free on a device now (on the CPU: of main memory; for `split`: on all GPUs together)."""
+    if str(device) == "split" and torch.cuda.is_available():
+        return sum(free(f"cuda:{index}") for index in range(torch.cuda.device_count()))
+    if kind(device) == "cuda":
+        device = None if str(device) == "auto" else device
         kept = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)  # by torch, for what comes next
         return torch.cuda.mem_get_info(device)[0] + kept
     import psutil  # comes with Jupyter; nothing else here needs it

@@ -26,7 +26,7 @@ from torch.utils.weak import WeakIdKeyDictionary
 from transformers import AutoModelForCausalLM, PretrainedConfig
 
 from helpers import checkpoints
-from helpers.chunks import free
+from helpers.chunks import free, kind
 from helpers.localization.engine import Run
 from helpers.masks import Mask
 from helpers.models import Model
@@ -157,7 +157,7 @@ def announce(model: Model, chosen: Mask, settings: Settings = Settings(), device
     """
     estimate = of_edit(model, chosen, settings, **sizes)
     print(estimate)
-    room = free(device) - (estimate.host if torch.device(device).type == "cpu" else 0)
+    room = free(device) - (estimate.host if kind(device) == "cpu" else 0)
     if model.device.type != "meta":
         room += estimate.parts["weights"]
     changes = advice(model, chosen, settings, room, **sizes)

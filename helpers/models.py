@@ -222,8 +222,9 @@ def load_model(
             hub id (`google/gemma-2-2b`). Gated models need a token in the environment (HF_TOKEN).
         dtype: of the weights, e.g. `torch.bfloat16` or `"bfloat16"`; float32 on a CPU and bfloat16
             on a GPU when left out, whatever the weights were saved in.
-        device: `"cpu"`, `"cuda"`, `"cuda:1"` …; a GPU is taken if there is one.
-        device_map: spread the model over several devices instead (see transformers).
+        device: `"cpu"`, `"cuda"`, `"cuda:1"` …; `"auto"` or nothing: a GPU if there is one; `"split"`: over
+            all GPUs, block by block.
+        device_map: another way to spread the model over several devices (see transformers).
         check: run `helpers.selfcheck` (about ten passes over ten tokens).
 
     Raises `ModelError`, before any weight is read, for an unknown name, a folder without a model,
@@ -233,6 +234,8 @@ def load_model(
     """
     if device is not None and device_map is not None:
         raise ModelError("give device or device_map, not both")
+    if str(device) in ("auto", "split"):
+        device, device_map = None, "auto" if device == "split" else None
     has_gpu = torch.cuda.is_available()
     if device_map is None:
         device = device or ("cuda" if has_gpu else "cpu")

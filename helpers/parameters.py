@@ -49,7 +49,7 @@ class Parameters(BaseModel):
     seed: Annotated[int, Field(ge=0)] = 0
     out: str = "runs"
     figures: str = ""
-    device: Annotated[str, Field(pattern=r"^(auto|cpu|mps|cuda(:\d+)?)$")] = "auto"
+    device: Annotated[str, Field(pattern=r"^(auto|cpu|mps|split|cuda(:\d+)?)$")] = "auto"
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
 
 

@@ -5,6 +5,7 @@
     file("tuned", "tiny-gemma2", "athletes", "lookup")                                   # which file that is, for `run.uses`
     layers(model, "athletes", "attribution MLPs")                                        # what the paper trained
     choose(…, given=given("paper", model, "athletes", names))                            # in place of localizing anew
+    announce("google/gemma-2-9b", torch.bfloat16, "cuda", names)                         # what memory that will take
 
 A preset is `""` (the defaults), `"paper"` (published; `data/presets.yaml`) or `"tuned"` (found here on practice facts; fields of
 `Settings` in `data/tuned/<model>/<task>/<mask>.yaml`, where there is one). Published settings are never stretched: what the
@@ -23,6 +24,7 @@ from itertools import product
 from pathlib import Path
 
 import pandas as pd
+import torch
 import yaml
 from transformers import AutoConfig, PretrainedConfig
 
@@ -40,6 +42,7 @@ METHODS = {"lookup": "flu", "attribution": "ap", "attribution MLPs": "ap-mlps", 
 # what small models are trained with where nothing else is known: half of the paper's examples a step. With a quarter of them the same
 # edits cost more retained facts (python -m helpers.tuned tiny-gemma2 --masks lookup --batch 16)
 SMALL = Settings(batch=32)
+SMALLEST = 256 * 2**20  # bytes of weights from which on memory is worth a word
 RATE = 3e14  # multiplications and additions a second that estimated minutes assume
 
 
@@ -97,6 +100,27 @@ def check(preset: str, model_name: str, tasks: Sequence[str], mask_names: Sequen
     for task, mask_name in product(tasks, mask_names):
         if mask_name != "windows":  # which go by lookup
             source(preset, model_name, task, mask_name)
+
+
+def announce(model_name: str, dtype: torch.dtype, device: str, mask_names: Sequence[str] = (), preset: str = "", task: str = "",
+             defaults: Settings = SMALL) -> list[memory.Estimate]:
+    """Print what localization and edits will take, before a weight is loaded; of a model that is small anyway, nothing.
+
+    The masks are not found yet: lookup MLPs are taken to be about where they were published, and whatever is chosen under their budget
+    has as many weights. Fine-tuning of `everything` or `all MLPs` is estimated where it is among the masks. `device`: as in
+    `load_model`. Raises `PresetError`, and `ModelError` as loading does.
+    """
+    bare = memory.skeleton(model_name, dtype)
+    if sum(p.numel() for p in bare.hf.parameters()) * dtype.itemsize < SMALLEST:
+        return []
+    print(found := memory.of_localization(bare, rows=16))
+    estimates, guesses = [found], {"lookup": likely_lookup(bare)} if mask_names else {}
+    whole = {"everything": selection.everything, "all MLPs": selection.all_mlps}
+    guesses |= {name: whole[name](bare) for name in mask_names if name in whole}
+    for name, guess in guesses.items():
+        print(f"\n{name}:")
+        estimates.append(memory.announce(bare, guess, settings(preset, model_name, task, name, defaults), device))
+    return estimates
 
 
 def identify(model_name: str) -> str | None:

@@ -151,10 +151,10 @@ class Run:
 
     @property
     def device(self) -> "torch.device":
-        """The device to compute on; `auto` is the GPU where there is one. MPS has to be asked for."""
+        """The device to compute on; `auto` is the GPU where there is one, `split` the first of all. MPS has to be asked for."""
         import torch
 
-        if self.params.device != "auto":
+        if self.params.device not in ("auto", "split"):
             return torch.device(self.params.device)
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
@@ -290,7 +290,7 @@ class Run:
 
 def _require_device(device: str) -> None:
     """Raise ParameterError when `device` is named and not there."""
-    if device in ("auto", "cpu"):
+    if device in ("auto", "cpu", "split"):
         return
     import torch
 

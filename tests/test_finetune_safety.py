@@ -192,6 +192,30 @@ def test_memory_that_runs_out_halves_the_chunk(monkeypatch):
     assert difference(new_weights(edit, model), new_weights(wanted, model), base) < 1e-4
 
 
+def test_from_one_row_on_blocks_are_run_again_where_memory_runs_out(monkeypatch):
+    model = small.model()
+    wanted = run(model, settings=replace(QUICK, chunk=1, recompute=True))
+    real, tried = training.hidden_states, []
+
+    def scarce(model, tokens, *rest):
+        recompute = rest[-1]
+        tried.append((len(tokens), recompute))
+        if len(tokens) > 1 or not recompute:
+            raise torch.OutOfMemoryError("out of memory")
+        return real(model, tokens, *rest)
+
+    monkeypatch.setattr(training, "hidden_states", scarce)
+    edit = run(model, settings=replace(QUICK, chunk=4))
+    sizes = [size for size, recompute in tried if not recompute]
+    assert sizes[-1] == 1 and all(size == 1 for size, recompute in tried if recompute)
+    assert len(sizes) <= 3  # found once, kept for all steps
+    base = {name: model.hf.get_parameter(name).detach() for name in edit.values}
+    assert difference(new_weights(edit, model), new_weights(wanted, model), base) < 1e-4
+    monkeypatch.setattr(training, "hidden_states", lambda *_: (_ for _ in ()).throw(torch.OutOfMemoryError("out of memory")))
+    with pytest.raises(torch.OutOfMemoryError):  # nothing is left to try
+        run(model)
+
+
 def test_bad_facts_are_refused():
     model, given = small.model(), small.a_split()
     before = small.weights(model)

@@ -173,6 +173,13 @@ def test_device_map(folder):
     assert (model.device.type, model.dtype) == ("cpu", torch.float32)
 
 
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there it would be the GPU, where the default is bfloat16")
+@pytest.mark.parametrize("device", ["auto", "split"])
+def test_devices_by_name(folder, device):
+    model = load_model(str(folder), device=device)
+    assert (model.device.type, model.dtype) == ("cpu", torch.float32)
+
+
 def test_bundled_models_go_by_name(folder, tmp_path, monkeypatch):
     monkeypatch.setattr(checkpoints, "BUNDLED", tmp_path)
     shutil.copytree(folder, tmp_path / "tiny-one")

@@ -255,3 +255,19 @@ def test_layers_are_those_of_the_paper():
         presets.layers(replace(small.model(), name="google/gemma-7b"), "athletes", "lookup")
     with pytest.raises(PresetError, match="no model 'gemma-3' among the presets; there are gemma-7b"):
         presets.config("gemma-3")
+
+
+def test_memory_is_announced_before_a_large_model_is_loaded(tmp_path, capsys, monkeypatch):
+    assert presets.announce("tiny-gemma2", torch.float32, "auto", ["lookup"]) == [] and capsys.readouterr().out == ""
+    presets.config("gemma-2-2b", 0.25).save_pretrained(tmp_path)  # no weights at all: nothing is loaded
+    monkeypatch.setattr(presets, "SMALLEST", 2**20)
+    asked = ["causal tracing", "everything"]
+    read, lookup, everything = presets.announce(str(tmp_path), torch.bfloat16, "split", asked, "", "", Settings(chunk=2))
+    said = capsys.readouterr().out
+    assert all(title in said for title in (": localization (estimated)", "lookup:", "everything:", "there is room for"))
+    assert read.total < lookup.total < everything.total
+    bare = memory.skeleton(str(tmp_path), torch.bfloat16)
+    assert everything == memory.of_edit(bare, selection.everything(bare), Settings(chunk=2))
+    assert len(presets.announce(str(tmp_path), torch.bfloat16, "auto")) == 1  # where nothing is edited
+    with pytest.raises(PresetError, match="no published settings"):
+        presets.announce(str(tmp_path), torch.bfloat16, "auto", asked, "paper", "athletes")

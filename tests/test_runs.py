@@ -63,6 +63,7 @@ def test_defaults_come_from_the_cell(run, capsys):
         ('profile = "fast"', "parameter `profile`: input should be 'quick', 'standard' or 'full' (got 'fast')"),
         ('device = "tpu"', "parameter `device`"),
         ('device = "cuda:99"', "`cuda:99` is not available here"),
+        ('device = "spread"', "parameter `device`"),
         ('dtype = "int8"', "parameter `dtype`"),
     ],
 )

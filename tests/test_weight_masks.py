@@ -245,13 +245,14 @@ def test_bad_input_and_losses_that_are_no_numbers(monkeypatch):
         Learning("soft")
     with pytest.raises(TrainingError, match="forget set is empty"):
         run(model, forget=given.forget[:0])
-    calls, real = [], weight_masks._gradients
+    calls, real = [], weight_masks.gradients
 
     def gradients(*arguments):
         calls.append(1)
-        return {**real(*arguments), "retain": math.nan if len(calls) > failing else 1.0}
+        losses, settings = real(*arguments)
+        return {**losses, "retain": math.nan if len(calls) > failing else 1.0}, settings
 
-    monkeypatch.setattr(weight_masks, "_gradients", gradients)
+    monkeypatch.setattr(weight_masks, "gradients", gradients)
     failing = 2
     with pytest.warns(UserWarning, match="training stopped: retain not finite at step 2"):
         _, learned = run(model)

@@ -10,7 +10,7 @@ import json
 import math
 import warnings
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import pandas as pd
@@ -37,7 +37,8 @@ class Settings:
     """How to train. The defaults are the paper's, but for the learning rate, which depends on the model.
 
     `batch` examples a term and step are worked off `chunk` at a time; the chunk decides about memory, not about
-    the result, and is halved by itself when memory runs out. `clip` None does not clip. `format`: the prompts
+    the result. When memory runs out it is halved by itself, and from a chunk of one row on training goes on with
+    `recompute`. `clip` None does not clip. `format`: the prompts
     trained on; `text_tokens`: how much of each text. `masters`: fp32 copies of bf16 weights.
     `autocast`: matrix products in bf16 over fp32 weights. `cache`: do shared work once, that is keep the
     residual below the lowest masked block, and run the tokens that all prompts begin with once a chunk. `recompute`:
@@ -90,9 +91,9 @@ def train(model: Model, trained, terms: Sequence[Term], settings: Settings, labe
     first, history = _resume(checkpoint, identity, trained, optimizer)
     with torch.autocast(model.device.type, torch.bfloat16, enabled=settings.autocast):
         residuals = prefixes(model, trained.lowest, terms, settings)
-    good, chunk = None, settings.chunk
+    good = None
     for step in progress(range(first, settings.steps), label):
-        losses, chunk = _gradients(model, trained, optimizer, terms, residuals, step, chunk, settings)
+        losses, settings = gradients(model, trained, optimizer.zero_grad, terms, residuals, step, settings)
         row = {"step": step, "loss": sum(term.weight * losses[term.name] for term in terms), **losses}
         if math.isfinite(row["loss"]):
             good = trained.snapshot()  # these weights gave finite losses, whatever their gradient is
@@ -118,23 +119,31 @@ def train(model: Model, trained, terms: Sequence[Term], settings: Settings, labe
     return pd.DataFrame(history), None
 
 
-def _gradients(model: Model, trained, optimizer, terms, residuals, step: int, chunk: int, settings: Settings):
-    """(losses of the terms, the chunk that fits into memory); the gradient of the weighted sum is on `trained.tensors`."""
+def gradients(model: Model, trained, clear: Callable[[], object], terms: Sequence[Term], residuals: Sequence[Residuals | None], step: int,
+              settings: Settings) -> tuple[dict[str, float], Settings]:
+    """(losses of the terms, settings that fit into memory); the gradient of the weighted sum is on `trained.tensors`, cleared by `clear`."""
     while True:
         trained.begin(step)
-        optimizer.zero_grad()
+        clear()
         try:
-            losses = [accumulate(model, trained, *pair, step, chunk, settings) for pair in zip(terms, residuals)]
-            return {term.name: loss for term, loss in zip(terms, losses)}, chunk
+            losses = [accumulate(model, trained, *pair, step, settings) for pair in zip(terms, residuals)]
+            return {term.name: loss for term, loss in zip(terms, losses)}, settings
         except (RuntimeError, MemoryError) as error:
-            if not is_out_of_memory(error) or chunk == 1:
+            if not is_out_of_memory(error) or not (smaller := _smaller(settings, trained.noisy)):
                 raise
-        chunk //= 2  # half-done gradients are dropped; the step is done again
+        settings = smaller  # half-done gradients are dropped; the step is done again
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
 
 
-def accumulate(model: Model, trained, term: Term, residuals: Residuals | None, step: int, chunk: int, settings: Settings) -> float:
+def _smaller(settings: Settings, noisy: bool) -> Settings | None:
+    """The same training in less memory; None where nothing is left to try."""
+    if settings.chunk > 1:
+        return replace(settings, chunk=settings.chunk // 2)
+    return None if settings.recompute or noisy else replace(settings, recompute=True)
+
+
+def accumulate(model: Model, trained, term: Term, residuals: Residuals | None, step: int, settings: Settings) -> float:
     """Add a term's gradient, chunk by chunk; its mean loss."""
     rows, counts = term.draws[step]
     share = counts * term.size[rows]
@@ -142,7 +151,7 @@ def accumulate(model: Model, trained, term: Term, residuals: Residuals | None, s
     order = term.sequences.lengths[rows].argsort(stable=True)  # rows of like length together: less padding
     # noise drawn for a token must not be the same in every row
     shared, total = term.shared if settings.cache and not (trained.noisy or settings.recompute) else 0, 0.0
-    for part in order.split(chunk):
+    for part in order.split(settings.chunk):
         tokens, mask = term.sequences.batch(rows[part], model.device)
         with torch.autocast(model.device.type, torch.bfloat16, enabled=settings.autocast):
             before = None if residuals is None else residuals.at(rows[part], tokens.shape[1])

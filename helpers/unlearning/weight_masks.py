@@ -34,6 +34,7 @@ import math
 import warnings
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
+from functools import partial
 
 import pandas as pd
 import torch
@@ -47,9 +48,8 @@ from helpers.splits import Split
 from helpers.unlearning.finetune import build_terms, check_facts
 from helpers.unlearning.objectives import Objective
 from helpers.unlearning.objectives import objective as objective_of
-from helpers.unlearning.terms import Residuals, Term
 from helpers.unlearning.texts import general_texts
-from helpers.unlearning.training import Settings, TrainingError, accumulate, prefixes
+from helpers.unlearning.training import Settings, TrainingError, gradients, prefixes
 from helpers.unlearning.weights import MaskedWeights
 
 CUT = 0.5  # below it a mask counts as a deletion
@@ -119,7 +119,7 @@ def learn(model: Model, split: Split, where: Mask, objective: str | Objective = 
         free = [torch.ones_like(w) if explicit else w.clone() for w in first]
         optimizer = torch.optim.SGD(free, lr=settings.learning_rate, momentum=learning.momentum)
         for step in progress(range(settings.steps), f"{learning.parametrisation} weight masks"):
-            losses = _gradients(model, trained, terms, residuals, step, settings)
+            losses, settings = gradients(model, trained, partial(_clear, trained.tensors), terms, residuals, step, settings)
             for f, w, w0 in zip(free, trained.tensors, first):
                 f.grad = w.grad * w0 if explicit else w.grad
             penalty = _regularise(free, first, learning, step)
@@ -180,11 +180,6 @@ def _decay(free: Sequence[torch.Tensor], first: Sequence[torch.Tensor], learning
         f.grad = f.grad + learning.decay * (f - origin)
 
 
-def _gradients(model: Model, trained: MaskedWeights, terms: Sequence[Term], residuals: Sequence[Residuals | None], step: int,
-               settings: Settings) -> dict[str, float]:
-    """Losses of the terms; the gradient of their weighted sum is on `trained.tensors`."""
-    trained.begin(step)
-    for tensor in trained.tensors:
+def _clear(tensors: Sequence[torch.Tensor]) -> None:
+    for tensor in tensors:
         tensor.grad = torch.zeros_like(tensor)
-    losses = [accumulate(model, trained, term, before, step, settings.chunk, settings) for term, before in zip(terms, residuals)]
-    return {term.name: loss for term, loss in zip(terms, losses)}
