@@ -1,18 +1,32 @@
 """Notebook 06, executed in the quick profile: what its rows must be whatever the model, and what claims find in them."""
 
+import shutil
+
 import notebook_cases as cases
 import pandas as pd
 import pytest
+import torch
 
 from helpers import claims
+from helpers.attacks.depth import ABSENT
 from helpers.attacks.headline import SPOKEN
+from helpers.facts import DATA
+from helpers.models import load_model
 
-MASKS = ["lookup", "random MLPs"]
+MODEL, MASKS = "tiny-gemma2", ["lookup", "random MLPs"]
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    return cases.executed("06_attacks", tmp_path_factory.mktemp("attacks"), masks=",".join(MASKS), seed=1)
+    """Run on a copy of the model, beside which lies one that knows nothing at all."""
+    out = tmp_path_factory.mktemp("attacks")
+    ignorant = shutil.copytree(shutil.copytree(DATA / "models" / MODEL, out / MODEL), out / f"{MODEL}-without")
+    blank = load_model(str(ignorant))
+    generator = torch.Generator().manual_seed(0)
+    for weight in blank.hf.parameters():
+        weight.data.normal_(0, 0.02, generator=generator)
+    blank.hf.save_pretrained(ignorant)
+    return cases.executed("06_attacks", out, model=str(out / MODEL), masks=",".join(MASKS), seed=1)
 
 
 @pytest.fixture(scope="module")
@@ -45,6 +59,15 @@ def test_relearning_begins_at_the_edited_model(rows):
     alone = one_shot[one_shot["attack"] == "none"].set_index(key)["prob_true"].reindex(begin.index)
     assert len(begin) == 8 * len(MASKS)
     pd.testing.assert_series_equal(begin, alone, check_exact=False, atol=1e-4)
+
+
+def test_a_model_without_the_facts_is_taught_beside_the_edited_ones(folder, rows):
+    anew = rows[rows["mask"] == ABSENT]
+    assert set(anew["control"]) == {ABSENT} and set(anew["group"]) == {"forget"}
+    relearned = anew[anew["attack"] == "relearn lora"]
+    edited = rows[(rows["mask"] == MASKS[0]) & (rows["attack"] == "relearn lora") & (rows["group"] == "forget") & (rows["control"] == "")]
+    assert set(relearned["setting"]) == set(edited["setting"]) and set(relearned["subject"]) == set(edited["subject"])
+    assert cases.holds(folder)["the model trained without the facts does not know them (guessing, give or take .1)"]
 
 
 def test_the_worst_case_lies_between_no_attack_and_the_ceiling(rows):

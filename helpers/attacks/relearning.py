@@ -19,6 +19,7 @@ from functools import partial
 
 import pandas as pd
 
+from helpers.attacks.depth import ABSENT
 from helpers.attacks.invented import CONTROL, invented_split
 from helpers.attacks.rows import AttackError, applied, check_halves, check_trainable, kept, read, tidy
 from helpers.facts import Facts
@@ -111,10 +112,12 @@ def dose_response(rows: pd.DataFrame) -> pd.DataFrame:
 def curves(rows: pd.DataFrame) -> pd.DataFrame:
     """The rows of relearning with what figures call them: `curve` and `dose` ("lora, 32 facts, rate 0.002, 20 steps").
 
-    Curves are `forgotten` (the half that was not shown), `shown`, `retained`, and `invented names`, of which none was shown either.
+    Curves are `forgotten` (the half that was not shown), `shown`, `retained`, `invented names`, of which none was shown either, and
+    `model without the facts`, rows of the same attack on another model.
     """
     rows = rows[rows["attack"].isin([f"relearn {how}" for how in HOW])]
-    names = {("forget", ""): "forgotten", ("shown", ""): "shown", ("retain", ""): "retained", ("forget", CONTROL): CONTROL}
+    names = {("forget", ""): "forgotten", ("shown", ""): "shown", ("retain", ""): "retained", ("forget", CONTROL): CONTROL,
+             ("forget", ABSENT): ABSENT}
     curve = [names.get(key) for key in zip(rows["group"], rows["control"])]
     dose = [f"{how}, {shown:.0f} facts, rate {rate:g}, {steps:.0f} steps" for how, shown, rate, steps
             in rows.reindex(columns=["how", "shown", "rate", "steps"]).itertuples(index=False)]
