@@ -87,9 +87,14 @@ def over_seeds(made: pd.DataFrame) -> pd.DataFrame:
 
 
 def pooled(long: pd.DataFrame, stored: pd.DataFrame) -> pd.DataFrame:
-    """Long results with a column `model`, and those stored ones of the same models, facts, methods and masks; one row a value."""
+    """Long results with a column `model`, and those stored ones of the same models, facts, methods and masks; one row a value.
+
+    A mask of the same name in other layers is another mask, but for random ones, which every seed draws anew.
+    """
     same = ["model", "facts", "method", "localization"]
-    kept = stored.merge(long[same].drop_duplicates()) if len(stored) else stored
+    kept = stored.merge(long[[*same, "layers"]].drop_duplicates().rename(columns={"layers": "here"})) if len(stored) else stored
+    if len(kept):
+        kept = kept[(kept["layers"] == kept["here"]) | kept["localization"].str.startswith("random")].drop(columns="here")
     key = [*same, "seed", "attack", "fact", "measure"]
     # every run measures the unedited model, under its own seed
     base = kept["localization"] == "none"

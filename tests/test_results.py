@@ -85,6 +85,15 @@ def test_stored_rows_of_the_same_edits_are_added_and_none_counts_twice(evaluated
     pd.testing.assert_frame_equal(results.pooled(here, rows[:0]), here.reset_index(drop=True))
 
 
+def test_a_mask_of_the_same_name_in_other_layers_is_another_mask(evaluated):
+    named = [results.of_evaluations(evaluated.assign(mask=name), {name: "2 3"}, facts="athletes first-16", n=cases.N_FORGET) for name in ("lookup", "random MLPs")]
+    here = pd.concat(named).assign(model="a")
+    elsewhere = here.assign(seed=4, layers="5 6")
+    found = results.pooled(here, pd.concat([elsewhere, here.assign(seed=5)]))
+    assert set(found.loc[found["localization"] == "lookup", "seed"]) == {3, 5}
+    assert set(found.loc[found["localization"] == "random MLPs", "seed"]) == {3, 4, 5}
+
+
 def test_a_fact_has_one_value_a_measure(evaluated, attacked):
     for table in (results.of_evaluation(evaluated, **WHERE), results.of_attacks(attacked, cases.a_split(), seed=3, **WHERE)):
         assert not table.duplicated(["attack", "fact", "measure"]).any()
