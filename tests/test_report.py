@@ -140,6 +140,13 @@ def test_a_figure_without_rows_says_what_brings_them(tree, tmp_path):
     assert f"No rows for this figure yet. They come from {page.command_of(kinds['mask-ladder'])}" in said(tree)
 
 
+def test_windows_and_parts_of_mlps_are_no_masks_of_the_comparison(rows):
+    for name in ("MLP 2-4", "gate", "gate + up + down"):
+        other = rows[rows["localization"] == "lookup"].assign(localization=name)
+        for select in (selections.spider, selections.relearning, selections.prompting):
+            assert len(select(selections.named(pd.concat([rows, other])))) == len(select(selections.named(rows))) > 0
+
+
 def test_relearning_keeps_forgotten_retained_and_invented_names_apart(rows, collected):
     kind = next(kind for kind in figures.KINDS if kind.name == "relearning")
     picture, = figures.pictures(kind, collected.rows, {cases.FACTS: 0.4})

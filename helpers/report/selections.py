@@ -15,7 +15,7 @@ from helpers.attacks.headline import SPOKEN
 
 UNEDITED, SHUFFLED, ALONE = "unedited model", "shuffled labels", "left alone"
 MUTED = (UNEDITED, SHUFFLED)
-WINDOW = r"MLP \d+-\d+"
+WINDOW, PART = r"MLP \d+-\d+", r"(?:gate|up|down)(?: \+ (?:gate|up|down))*"
 RUNG = r"weight mask, (?P<way>.+), n = (?P<deleted>\d+)"
 SIZED = r"(?P<tried>.+, equal (?:steps|passes))"
 UNLEARNING = ("unlearn", "ascent", "graddiff", "npo", "simnpo", "rmu")  # objectives without an edit answer
@@ -73,11 +73,13 @@ def prompting(rows: pd.DataFrame) -> pd.DataFrame:
 def relearning(rows: pd.DataFrame) -> pd.DataFrame:
     rows = _plain(rows[rows["attack"].str.startswith("relearn") & rows["name"].isin(GROUPS)])
     found = rows["setting"].str.extract(f"^{DOSE}$")
-    curve = rows["name"].map(GROUPS).mask(rows["attack"].str.endswith(")"), "invented names")
+    invented = rows["attack"].str.endswith(")")
+    curve = rows["name"].map(GROUPS).mask(invented, "invented names")
     how = rows["attack"].str.split(":").str[0]
     dose = how + ", " + found["what"] + ", lr " + found["rate"]
     whole = found["what"].isin(["all facts"]) | how.eq("relearn text")
-    kept = whole & found["format"].isin(["one_shot"])
+    # what the attack on invented names does to retained facts is no answer about invented names
+    kept = whole & found["format"].isin(["one_shot"]) & ~(invented & (rows["name"] == "retain"))
     rows = rows.assign(curve=curve, dose=dose, step=found["step"].astype(float))[kept]
     return _ordered(rows, "curve", [*GROUPS.values(), "invented names"])
 
@@ -148,8 +150,8 @@ def scaling(rows: pd.DataFrame) -> pd.DataFrame:
 
 
 def _plain(rows: pd.DataFrame) -> pd.DataFrame:
-    """Without windows of MLPs, deleted weights, and edits of different sizes, which have figures of their own."""
-    return _unsized(rows[~rows["localization"].str.fullmatch(WINDOW)])
+    """Without windows and parts of MLPs, deleted weights, and edits of different sizes, which belong elsewhere."""
+    return _unsized(rows[~rows["localization"].str.fullmatch(f"{WINDOW}|{PART}")])
 
 
 def _unsized(rows: pd.DataFrame) -> pd.DataFrame:
