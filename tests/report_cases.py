@@ -56,7 +56,7 @@ def _attacks(add, seed: int, shift: float) -> None:
         control = f"relearn lora: {RELEARN.format(step).removesuffix(', one_shot')} (invented names)"
         add(name, RELEARN.format(step), "forget", 0.1 + step / 30 - shift / 2, seed, names=half)
         add(name, RELEARN.format(step), "retain", 0.95 - step / 200, seed)
-        add(control, RELEARN.format(step), "forget", 0.1 + step / 80, seed, names=[f"nobody {i} | sport" for i in range(6)])
+        add(control, RELEARN.format(step), "forget", 0.1 + step / 80, seed, names=[f"nobody {seed} {i} | sport" for i in range(6)])
         add(control, RELEARN.format(step), "retain", 0.93, seed)
     for step in (0, 60):
         name = "soft prompt" if step == 60 else f"soft prompt: {SOFT.format(step).removesuffix(', one_shot')}"

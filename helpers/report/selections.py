@@ -80,7 +80,9 @@ def relearning(rows: pd.DataFrame) -> pd.DataFrame:
     whole = found["what"].isin(["all facts"]) | how.eq("relearn text")
     # what the attack on invented names does to retained facts is no answer about invented names
     kept = whole & found["format"].isin(["one_shot"]) & ~(invented & (rows["name"] == "retain"))
-    rows = rows.assign(curve=curve, dose=dose, step=found["step"].astype(float))[kept]
+    # every seed invents names of its own; they take the places of the same facts, so that seeds can be averaged
+    place = rows.groupby(["model", "facts", "localization", "method", "attack", "setting", "measure", "seed"], sort=False).cumcount().map("name {}".format)
+    rows = rows.assign(curve=curve, dose=dose, step=found["step"].astype(float), fact=rows["fact"].mask(invented, place))[kept]
     return _ordered(rows, "curve", [*GROUPS.values(), "invented names"])
 
 
