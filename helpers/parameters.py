@@ -18,12 +18,13 @@ sweep can refuse a bad value before it starts a kernel.
 import ast
 import difflib
 import json
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_type_hints
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, create_model
-from pydantic_core import PydanticUndefined
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, create_model
+from pydantic_core import PydanticCustomError, PydanticUndefined
 
 PARAMETERS_TAG = "parameters"
 # papermill's own first line in the cell it injects; nothing else marks that cell inside a kernel
@@ -34,6 +35,12 @@ ANNOTATION_NAMES = {kind.__name__: kind for kind in (str, int, float, bool, list
 
 class ParameterError(ValueError):
     """A parameter is unknown, ill-typed, missing or not readable; the message says which and why."""
+
+
+def _device(name: str) -> str:
+    if not re.fullmatch(r"auto|cpu|mps|split|cuda(:\d+)?", name):
+        raise PydanticCustomError("device", "a device is 'auto', 'cpu', 'mps', 'cuda', one GPU such as 'cuda:1', or 'split'")
+    return name
 
 
 class Parameters(BaseModel):
@@ -49,7 +56,7 @@ class Parameters(BaseModel):
     seed: Annotated[int, Field(ge=0)] = 0
     out: str = "runs"
     figures: str = ""
-    device: Annotated[str, Field(pattern=r"^(auto|cpu|mps|split|cuda(:\d+)?)$")] = "auto"
+    device: Annotated[str, AfterValidator(_device)] = "auto"
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
 
 

@@ -240,7 +240,7 @@ class Run:
             targets.append(provenance.project_root() / self.params.figures / f"{self.notebook}_{name}.png")
         for target in targets:
             # without the version stamp an unchanged picture stays the same file
-            save = {"format": "png", "dpi": 150, "bbox_inches": "tight", "metadata": {"Software": None}}
+            save = {"format": "png", "dpi": 120, "bbox_inches": "tight", "metadata": {"Software": None}}
             provenance.write_atomic(target, lambda path, save=save: fig.savefig(path, **save))
         display(Image(targets[0].read_bytes(), width=int(90 * fig.get_figwidth())))
 

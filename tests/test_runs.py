@@ -61,7 +61,7 @@ def test_defaults_come_from_the_cell(run, capsys):
         ("model = 3", "parameter `model`: input should be a valid string (got 3)"),
         ("layers = [1, 'two']", "parameter `layers.1`"),
         ('profile = "fast"', "parameter `profile`: input should be 'quick', 'standard' or 'full' (got 'fast')"),
-        ('device = "tpu"', "parameter `device`"),
+        ('device = "tpu"', "parameter `device`: a device is 'auto', 'cpu', 'mps', 'cuda'"),
         ('device = "cuda:99"', "`cuda:99` is not available here"),
         ('device = "spread"', "parameter `device`"),
         ('dtype = "int8"', "parameter `dtype`"),
