@@ -2,6 +2,7 @@
 
     masks = parts(model, (1, 2))                              # gate, up and down of these MLPs, pairs, and all three
     rows = compare(model, split, masks, settings, seeds=(0, 1, 2), facts="athletes first-64")
+    made, rows = completed(model, split, masks, settings, stored, again=("down",), facts="athletes first-64")   # others: stored
 
 Every place may have a learning rate of its own, found by as many trials as those of the others (`helpers.tuned`): the best rate
 depends on where the weights lie, so that one for all would favour the place that it was found for.
@@ -9,7 +10,7 @@ depends on where the weights lie, so that one for all would favour the place tha
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from itertools import combinations
 
 import pandas as pd
@@ -58,3 +59,21 @@ def compare(model: Model, split: Split, masks: Mapping[str, Mask], settings: Map
                                         formats=("one_shot",), n_retain=40, seed=seed)
             tables.append(results.of_attacks(relearned, split, seed=seed, **place))
     return pd.concat(tables, ignore_index=True)
+
+
+def completed(model: Model, split: Split, masks: Mapping[str, Mask], settings: Mapping[str, Settings], stored: pd.DataFrame,
+              method: str = "finetune", *, again: Collection[str], facts: str, **how) -> tuple[pd.DataFrame, pd.DataFrame]:
+    """Long results of every mask, those of stored edits among them: only masks without any are edited here, and those in `again`.
+
+    Returns rows made here, by `compare` (arguments as there), and all rows. `stored` are long results with a column `model`, of which
+    those of this model, these facts and `method` count; a mask of the same name in other layers is another mask. A seed made here
+    replaces the stored one.
+    """
+    layers = {name: Choices(dict(masks), None, (), {}).layers(name) for name in masks}
+    mine = stored[(stored["model"] == model.name) & (stored["facts"] == facts) & (stored["method"] == method)]
+    mine = mine[mine["localization"].map(layers) == mine["layers"]]
+    due = {name: mask for name, mask in masks.items() if name in again or name not in set(mine["localization"])}
+    made = compare(model, split, due, settings, facts=facts, **how).assign(model=model.name)
+    made["method"] = made["method"].where(made["localization"] == "none", method)
+    value = ["localization", "seed", "attack", "fact", "measure"]
+    return made, pd.concat([mine, made]).drop_duplicates(value, keep="last", ignore_index=True)

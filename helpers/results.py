@@ -101,6 +101,17 @@ def pooled(long: pd.DataFrame, stored: pd.DataFrame) -> pd.DataFrame:
     return pd.concat([kept[~base], long], ignore_index=True).drop_duplicates(key, keep="last", ignore_index=True)
 
 
+def drift(made: pd.DataFrame, stored: pd.DataFrame) -> pd.DataFrame:
+    """Means over facts of edits made twice, in the same place with the same seed: `here`, `stored` and their `difference`.
+
+    Both are long results with a column `model`; one row a model, facts, method, mask, layers, seed, attack and measure of both.
+    """
+    key = ["model", "facts", "method", "localization", "layers", "seed", "attack", "measure"]
+    means = [rows[rows["localization"] != "none"].groupby(key)["value"].mean().rename(name) for rows, name in ((made, "here"), (stored, "stored"))]
+    both = pd.concat(means, axis=1, join="inner").reset_index()
+    return both.assign(difference=both["here"] - both["stored"])
+
+
 def by_format(estimated: pd.DataFrame, answer: str = "edit", reading: str = "top1") -> pd.DataFrame:
     """Those of `estimates` that say how often the facts to forget get an answer, `edit` or `forget` (the true one), with their `format`."""
     suffix = f"{answer} {reading}"

@@ -45,13 +45,43 @@ def compared():
 def test_every_place_and_seed_is_measured_and_relearned(compared):
     _, rows = compared
     assert not rows.duplicated(["localization", "seed", "attack", "fact", "measure"]).any()
-    assert rows.groupby("localization")["layers"].first().to_dict() == {"MLP 1-2": "1 2", "down": "", "none": ""}
+    assert rows.groupby("localization")["layers"].first().to_dict() == {"MLP 1-2": "1 2", "down": "1", "none": ""}
     edited = rows[rows["localization"] != "none"]
     attacked = edited[edited["attack"] == "relearn lora: all facts, lr 0.01, step 2 of 2"]
     for part, n in ((edited[(edited["attack"] == "none") & (edited["measure"] == "edit top1")], 16),
                     (attacked[attacked["measure"] == "forget top1"], 8)):
         expected = {(name, seed): n for name in ("MLP 1-2", "down") for seed in (3, 4)}
         assert part.groupby(["localization", "seed"]).size().to_dict() == expected
+
+
+def test_only_what_is_not_stored_is_edited_or_what_is_asked_for_again(compared):
+    masks, rows = compared
+    model, split = cases.known(), cases.a_split()
+    stored = rows.assign(model=model.name)
+    stored.loc[stored["localization"] == "down", "layers"] = "2"  # so its name stands for another place than here
+    stored["value"] += 1  # so that it is seen which rows are stored
+    given = dict(seeds=(3,), facts="athletes first-16", rate=1e-2, steps=2, relearning=SETTINGS, texts=cases.texts(), reading={"n_retain": 10})
+    for again, new in (((), ["down"]), (("MLP 1-2",), ["MLP 1-2", "down"])):
+        made, both = placements.completed(model, split, masks, dict.fromkeys(masks, SETTINGS), stored, again=again, **given)
+        assert sorted(set(made["localization"]) - {"none"}) == new and set(made["seed"]) == {3}
+        by_seed = {seed: part[part["localization"] == "MLP 1-2"]["value"].reset_index(drop=True) for seed, part in both.groupby("seed")}
+        first = {seed: rows[(rows["localization"] == "MLP 1-2") & (rows["seed"] == seed)]["value"].reset_index(drop=True) for seed in (3, 4)}
+        assert by_seed[4].equals(first[4] + 1)
+        assert by_seed[3].equals(first[3] if again else first[3] + 1)
+        assert set(both.loc[both["localization"] == "down", "seed"]) == {3}  # none of the other place
+
+
+def test_other_models_facts_and_methods_are_no_stored_rows_of_this_one(compared):
+    masks, rows = compared
+    model, split = cases.known(), cases.a_split()
+    one = {"down": masks["down"]}
+    given = dict(again=(), seeds=(3,), facts="athletes first-16", rate=1e-2, steps=2, relearning=SETTINGS, texts=cases.texts(), reading={"n_retain": 10})
+    whole = rows.assign(model=model.name)
+    for stored in (whole.assign(model="another"), whole.assign(facts="world first-16"), whole.assign(method="LoRA")):
+        made, both = placements.completed(model, split, one, {"down": SETTINGS}, stored, **given)
+        assert len(made) == len(both) and "down" in set(made["localization"])
+    made, both = placements.completed(model, split, one, {"down": SETTINGS}, whole.assign(method="LoRA"), "LoRA", **given)
+    assert set(made["localization"]) == {"none"} and set(both["method"]) == {"base", "LoRA"}
 
 
 def test_rows_are_those_of_edit_evaluation_and_attack_by_hand(compared):

@@ -94,6 +94,16 @@ def test_a_mask_of_the_same_name_in_other_layers_is_another_mask(evaluated):
     assert set(found.loc[found["localization"] == "random MLPs", "seed"]) == {3, 4, 5}
 
 
+def test_drift_compares_means_of_the_same_edits_only(evaluated):
+    made = results.of_evaluation(evaluated, **WHERE).assign(model="tiny-x")
+    moved = made.assign(value=made["value"] - 0.1)
+    table = results.drift(made, moved)
+    assert len(table) == made["measure"].nunique() and set(table["seed"]) == {3}
+    assert table["difference"].to_numpy() == pytest.approx(0.1)
+    for other in ({"seed": 4}, {"layers": "1"}, {"model": "tiny-y"}, {"method": "LoRA"}, {"facts": "world first-16"}, {"localization": "none"}):
+        assert results.drift(made, moved.assign(**other)).empty
+
+
 def test_a_fact_has_one_value_a_measure(evaluated, attacked):
     for table in (results.of_evaluation(evaluated, **WHERE), results.of_attacks(attacked, cases.a_split(), seed=3, **WHERE)):
         assert not table.duplicated(["attack", "fact", "measure"]).any()

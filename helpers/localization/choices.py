@@ -39,9 +39,9 @@ class Choices:
     scores: dict[str, pd.Series] = field(repr=False)
 
     def layers(self, name: str) -> str:
-        """The layers of a choice of whole MLPs, "2 3 4"; empty for any other choice."""
+        """The layers of a choice of MLPs or of parts of them, "2 3 4"; empty for any other choice."""
         units = self.masks[name].units
-        return " ".join(map(str, self.masks[name].layers)) if units and all(unit.startswith("mlp") for unit in units) else ""
+        return " ".join(map(str, self.masks[name].layers)) if units and all(unit.split()[0] in ("mlp", *masks.MLP) for unit in units) else ""
 
     def table(self) -> pd.DataFrame:
         """One row a choice: what it holds, how many weights, how far over the budget."""
