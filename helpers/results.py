@@ -19,7 +19,7 @@ from helpers.attacks.depth import depth_score
 from helpers.attacks.headline import LEVELS, worst_case
 from helpers.attacks.rows import AttackError
 from helpers.splits import Split
-from helpers.unlearning.evaluation import READINGS, collapse, measure_names
+from helpers.unlearning.evaluation import READINGS, broken, collapse, measure_names
 
 COLUMNS = ["facts", "n", "seed", "localization", "layers", "method", "attack", "setting", "fact", "measure", "value"]
 # the setting that claims mean, as the attack names it without the format it was read in
@@ -59,7 +59,8 @@ def costs(long: pd.DataFrame, by: Sequence[str] = ("localization",)) -> pd.DataF
     """What edits do without any attack: top-1 means of every measure by `by`, called as `evaluation.summarize` calls them, and `text_loss`.
 
     `collapse` says why the means count as a wrecked model (`evaluation.collapse`), against the unedited model (localization none)
-    of the same `model`, where the rows name models; empty if they do not, or there is none.
+    of the same `model`, where the rows name models; empty if they do not, or there is none. `broken` names other formats that
+    retained facts have lost (`evaluation.broken`): a low score of forgotten facts means little there.
     """
     asked = long[(long["attack"] == "none") & (long["measure"].str.endswith(" top1") | (long["measure"] == "text_loss"))]
     asked = asked.assign(measure=asked["measure"].str.removesuffix(" top1"), model=asked["model"] if "model" in asked else "")
@@ -68,8 +69,8 @@ def costs(long: pd.DataFrame, by: Sequence[str] = ("localization",)) -> pd.DataF
     means, base = mean(asked, keys), mean(asked[asked["localization"] == "none"], ["model"])
     before = dict(base.iterrows())
     edited = [(row, before.get(row["model"], {})) for _, row in means.reset_index().iterrows()]
-    lost = ["; ".join(collapse(row, unedited)) if row["localization"] != "none" and len(unedited) else "" for row, unedited in edited]
-    return means.assign(collapse=lost).droplevel([name for name in keys if name not in by])
+    why = lambda rule: ["; ".join(rule(row, unedited)) if row["localization"] != "none" and len(unedited) else "" for row, unedited in edited]
+    return means.assign(collapse=why(collapse), broken=why(broken)).droplevel([name for name in keys if name not in by])
 
 
 def edits(long: pd.DataFrame, by: str = "localization") -> pd.DataFrame:
@@ -79,11 +80,11 @@ def edits(long: pd.DataFrame, by: str = "localization") -> pd.DataFrame:
 
 
 def over_seeds(made: pd.DataFrame) -> pd.DataFrame:
-    """One row a mask from those of `edits`: means over its seeds, `collapsed`, whether any edit did, and `why`."""
+    """One row a mask from those of `edits`: means over its seeds, `collapsed`, whether any edit did, and `why`; `broken` of any."""
     groups = made.groupby("mask", sort=False)
     why = lambda reasons: "; ".join(dict.fromkeys(filter(None, reasons)))
-    flags = groups.agg(collapsed=("collapsed", "max"), why=("collapse", why))
-    return made.drop(columns=["seed", "collapse", "collapsed"]).groupby("mask", sort=False).mean().join(flags)
+    flags = groups.agg(collapsed=("collapsed", "max"), why=("collapse", why), broken=("broken", why))
+    return made.drop(columns=["seed", "collapse", "collapsed", "broken"]).groupby("mask", sort=False).mean().join(flags)
 
 
 def pooled(long: pd.DataFrame, stored: pd.DataFrame) -> pd.DataFrame:

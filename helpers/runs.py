@@ -74,12 +74,13 @@ class Check:
 def start(notebook: str, namespace: Mapping[str, Any]) -> "Run":
     """Open a run from within a notebook; call it in the second code cell with `globals()`.
 
-    Shows one line with the parameters in use. Raises ParameterError, with nothing written, for a
+    Shows one line with the parameters in use, and lets tables show whole texts. Raises ParameterError, with nothing written, for a
     parameter that is unknown, ill-typed or asks for a device that is not there.
     """
     if "In" not in namespace:
         raise ParameterError('runs.start reads a notebook\'s cells: call it in one, as runs.start("name", globals())')
     run = Run(notebook, parameters.from_history(namespace["In"]))
+    pd.set_option("display.max_colwidth", None, "display.max_columns", 30)
     in_use = [f"{name} {value}" for name, value in run.params if name not in NOT_IDENTITY]
     print(" · ".join([f"{notebook}: run {run.id}", *in_use]))
     return run

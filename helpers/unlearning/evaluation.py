@@ -122,6 +122,15 @@ def collapse(row: pd.Series, base: pd.Series) -> list[str]:
     return found
 
 
+def broken(row: pd.Series, base: pd.Series) -> list[str]:
+    """Formats of which `collapse` does not speak and in which facts that should stay have lost more than in multiple choice may be lost.
+
+    Named by their measure, such as `league_retain`: an edit may break a question for every subject.
+    """
+    changes = {name: row[name] - base.get(name, float("nan")) for name in row.index if str(name).endswith("_retain") and name != "mcq_retain"}
+    return [f"{name} {change:+.2f}" for name, change in changes.items() if change < -MCQ_LOST]
+
+
 def _with_probability(table: pd.DataFrame, closed: set[str]) -> pd.DataFrame:
     """Adds the paper's probability: among the options of MCQ and of closed relations, else over the full vocabulary."""
     restricted = (table["format"] == "mcq") | table["relation"].isin(closed)
