@@ -210,16 +210,38 @@ def verdict(table: pd.DataFrame, margin: float = 0.0) -> dict[str, str]:
         return {"verdict": "open", "reason": f"{beside['n_seeds']} of {MIN_SEEDS} seeds"}
     clear = (rows[["low", "windows_low"]] > margin).all(axis=1)
     survivors = [name for name in (LOOKUP, DEPTH) if clear[name, "straight"] and clear[name, "curved"]]
-    slopes = ", ".join(f"{name} {row['value']:+.3f} [{row['low']:+.3f}, {row['high']:+.3f}]"
-                       for name, row in ((name, rows.loc[(name, "straight")]) for name in (LOOKUP, DEPTH)))
+    slopes = "; ".join(_said(rows, name, margin) for name in (LOOKUP, DEPTH))
     if len(survivors) != 1:
         found, how = ("both", "both slopes are") if survivors else ("open", "no slope is")
-        return {"verdict": found, "reason": f"{how} clear of {margin:g}: {slopes}"}
+        return {"verdict": found, "reason": f"{how} clear of {margin:g} in every fit: {slopes}"}
     difference = rows.loc[(DIFFERENCE, "straight")]
     beats = (difference[["low", "windows_low"]] > 0).all() if survivors == [LOOKUP] else (difference[["high", "windows_high"]] < 0).all()
     if not beats:
         return {"verdict": "open", "reason": f"only {survivors[0]} is clear of {margin:g}, but not of the other's slope: {slopes}"}
     return {"verdict": survivors[0], "reason": f"only {survivors[0]} is clear of {margin:g}, and of the other's slope: {slopes}"}
+
+
+def _said(rows: pd.DataFrame, name: str, margin: float) -> str:
+    """The slope of an explanation beside its rival and, where it does not survive, the first interval that is not clear of the margin."""
+    kinds = {"low": ("high", "facts and seeds"), "windows_low": ("windows_high", "windows")}
+    fits = {"straight": "beside its rival", "curved": "beside its rival and that squared"}
+    row = rows.loc[(name, "straight")]
+    said = f"{name} {row['value']:+.3f} [{row['low']:+.3f}, {row['high']:+.3f}]"
+    for rival, fit in fits.items():
+        for low, (high, over) in kinds.items():
+            row = rows.loc[(name, rival)]
+            if not row[low] > margin:
+                return f"{said}, but [{row[low]:+.3f}, {row[high]:+.3f}] over {over} {fit}"
+    return said
+
+
+def concentration(windows: pd.DataFrame) -> pd.Series:
+    """(model,) the share of the spread of lookup among a model's windows that is due to a single one: near 1, the regression hangs on it.
+
+    `windows`: of `design`.
+    """
+    square = pd.Series(_within(windows, windows[LOOKUP].to_numpy(float)) ** 2).groupby(windows["model"].to_numpy())
+    return square.max() / square.sum()
 
 
 def _values(rows: pd.DataFrame, windows: pd.DataFrame) -> pd.DataFrame:

@@ -7,7 +7,7 @@ import pandas as pd
 import pytest
 import statsmodels.formula.api as smf
 
-from helpers.explanations import ExplanationError, design, explain, layer_scores, verdict
+from helpers.explanations import ExplanationError, concentration, design, explain, layer_scores, verdict
 from helpers.localization.fact_lookup import Lookup
 
 LAYERS, COUNT, FACTS, SEEDS = 12, 3, 40, 3
@@ -99,6 +99,23 @@ def test_windows_that_differ_for_no_reason_rarely_make_an_explanation():
         found[verdict(table)["verdict"]] += 1
         facts_only += (table["low"] > 0).any()
     assert found["open"] >= 18 and facts_only >= 12
+
+
+def test_an_open_verdict_names_the_interval_that_keeps_it_open():
+    """Beside a straight rival the slope is clear of 0; what keeps it open is said, not hidden behind the clear one."""
+    layer = scores({"one": 0, "two": 1, "three": 2})
+    table = explain(world(lambda depth, lookup: depth**3, layer), layer, resamples=400)
+    curved = table.set_index(["explanation", "rival"]).loc[("lookup", "curved")]
+    found = verdict(table)
+    assert f"[{curved['windows_low']:+.3f}, {curved['windows_high']:+.3f}] over windows beside its rival and that squared" in found["reason"] \
+        or f"[{curved['low']:+.3f}, {curved['high']:+.3f}] over facts and seeds beside its rival and that squared" in found["reason"]
+
+
+def test_concentration_is_one_windows_share_of_the_spread():
+    one = pd.DataFrame({"model": "one", "lookup": [1.0, 0, 0, 0, 0, 0, 0, 0]})
+    even = pd.DataFrame({"model": "two", "lookup": [1.0, 0] * 4})
+    found = concentration(pd.concat([one, even], ignore_index=True))
+    assert found["one"] == pytest.approx(7 / 8) and found["two"] == pytest.approx(1 / 8)
 
 
 def test_two_seeds_leave_it_open():
