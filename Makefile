@@ -52,8 +52,8 @@ test: env ## run the tests
 	$(PYTEST) -m "not slow and not gpu"
 
 test-slow: env ## run the slow tests too (installs Ray, for those of sweeps on a cluster)
-	$(PY) -m pip install -q --disable-pip-version-check $(PIP_ARGS) -e '.[ray]'
-	$(PYTEST) -m "not gpu"
+	@$(PY) -c 'import ray' 2>/dev/null || $(PY) -m pip install -q --disable-pip-version-check $(PIP_ARGS) -e '.[ray]'
+	$(PYTEST) -rs -m "not gpu"
 
 test-gpu: env ## run the tests that need an accelerator
 	$(PYTEST) -m gpu
