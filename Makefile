@@ -51,8 +51,9 @@ PYTEST = $(PY) -m pytest -q -n auto --dist loadfile
 test: env ## run the tests
 	$(PYTEST) -m "not slow and not gpu"
 
-test-slow: env ## run the slow tests too
-	$(PYTEST) -m "not gpu"
+test-slow: env ## run the slow tests too (installs Ray, for those of sweeps on a cluster)
+	@$(PY) -c 'import ray' 2>/dev/null || $(PY) -m pip install -q --disable-pip-version-check $(PIP_ARGS) -e '.[ray]'
+	$(PYTEST) -rs -m "not gpu"
 
 test-gpu: env ## run the tests that need an accelerator
 	$(PYTEST) -m gpu

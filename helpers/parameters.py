@@ -57,7 +57,7 @@ class Parameters(BaseModel):
     out: str = "runs"
     figures: str = ""
     device: Annotated[str, AfterValidator(_device)] = "auto"
-    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    dtype: Literal["auto", "float32", "bfloat16"] = "auto"
 
 
 def from_cell(source: str) -> type[Parameters]:

@@ -104,12 +104,16 @@ def check(preset: str, model_name: str, tasks: Sequence[str], mask_names: Sequen
 
 def announce(model_name: str, dtype: torch.dtype, device: str, mask_names: Sequence[str] = (), preset: str = "", task: str = "",
              defaults: Settings = SMALL) -> list[memory.Estimate]:
-    """Print what localization and edits will take, before a weight is loaded; of a model that is small anyway, nothing.
+    """Print what localization and edits will take, before a weight is loaded; of a model that is small anyway, nothing of that.
+
+    Before that, of any model, the masks that run with the defaults while others are tuned, and windows that go by lookup (`unequal`).
 
     The masks are not found yet: lookup MLPs are taken to be about where they were published, and whatever is chosen under their budget
     has as many weights. Fine-tuning of `everything` or `all MLPs` is estimated where it is among the masks. `device`: as in
     `load_model`. Raises `PresetError`, and `ModelError` as loading does.
     """
+    for line in unequal(preset, model_name, task, mask_names):
+        print(line)
     bare = memory.skeleton(model_name, dtype)
     if sum(p.numel() for p in bare.hf.parameters()) * dtype.itemsize < SMALLEST:
         return []
@@ -121,6 +125,23 @@ def announce(model_name: str, dtype: torch.dtype, device: str, mask_names: Seque
         print(f"\n{name}:")
         estimates.append(memory.announce(bare, guess, settings(preset, model_name, task, name, defaults), device))
     return estimates
+
+
+def unequal(preset: str, model_name: str, task: str, mask_names: Sequence[str]) -> list[str]:
+    """How masks of one comparison differ in where their tuned settings come from, a line each; none where all are tuned, or all are not.
+
+    `windows` are not looked at: which there are is not known before fact lookup has chosen, and all of them may go by its settings.
+    """
+    if preset != "tuned":
+        return []
+    places = {name: file(preset, model_name, task, name) for name in mask_names if name != "windows"}
+    lookup, said = tuned_file(model_name, task, "lookup"), []
+    plain = [name for name, place in places.items() if place is None]
+    if 0 < len(plain) < len(places):
+        said += [f"nothing is tuned for {', '.join(plain)}: trained with the defaults, unlike {', '.join(n for n in places if n not in plain)}"]
+    if borrowed := [name for name, place in places.items() if place == lookup and name != "lookup"]:
+        said += [f"nothing is tuned for {', '.join(borrowed)}: trained with the settings of lookup"]
+    return said
 
 
 def identify(model_name: str) -> str | None:

@@ -7,12 +7,16 @@
 
     python -m helpers.store pack runs data/results/reference.parquet        # all finished runs in one file, to commit or send
 
-Columns: `run` (notebook and parameters, hashed), `model`, `facts`, `n` (facts edited), `seed`, `localization`, `layers`, `method`,
+Columns: `run` (its id), `model`, `facts`, `n` (facts edited), `seed`, `localization`, `layers`, `method`,
 `attack`, `setting`, `fact`, `measure`, `value` as `helpers.results` and `data/claims.yaml` explain them; then where the value comes
 from: `notebook`, `commit` (ends in "-dirty" where files differed from it), `code` (hash), `started` (UTC), `machine`, `stale`.
 
-Rows come from the `results.parquet` of finished runs (`run.result` in a notebook). Those that older code made, or other data
-or weights than there are now, are there too, with `stale` set: it is for the reader of the rows to leave them out.
+Rows come from the `results.parquet` of finished runs (`run.result` in a notebook). A run's id says nothing of code, data or weights:
+it hashes the notebook's name and the parameters, and nothing else. What the run was made with stands in its `done.json` (a hash of the
+code, and one of each file it used) and is compared with what is there now. Rows that older code made, or other data or weights,
+are read all the same, with `stale` set: it is for the reader of the rows to leave them out. A folder of runs has one version of
+each run: the same parameters run again replace the older rows, as soon as the new run has ended well under a sweep, at its start
+otherwise. To keep older rows, `pack` them; of a run that is in several sources, the one started last counts.
 `read` is safe while runs are made: writers replace whole files, and a run that starts anew during the reading is not taken.
 """
 

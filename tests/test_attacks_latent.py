@@ -11,13 +11,15 @@ import pytest
 import small
 import torch
 
-from helpers import attacks, metrics
+from helpers import attacks, metrics, tracing
 from helpers.attacks import rows as shared
 from helpers.attacks.latent import POSITIONS, SHUFFLED, states
 from helpers.facts import Facts, load
 from helpers.localization import lens, probes
+from helpers.localization.engine import Run, flush_right
 from helpers.prompts import build
 from helpers.splits import split
+from helpers.tracing import Intervention
 from helpers.unlearning.finetune import questions
 
 
@@ -157,6 +159,26 @@ def test_patching_every_layer_of_the_original_restores_its_answer(family):
     assert near(value("erase", "last", 3), edited["prob_true"]) and near(value("erase", "last", 0), before["prob_true"])
     p = rows.query("direction == 'restore' and position == 'last' and layer == 3")
     assert np.allclose(p["logp_true"], np.log(clean["p_true"]), atol=1e-5)
+
+
+@pytest.mark.parametrize("family", families.FAMILIES)
+def test_patching_all_layers_and_positions_at_once_is_the_original_run(family):
+    """Bit for bit: embeddings and the output of every block, at every token, come from the original."""
+    model, edit = depth_cases(family)
+    given = cases.a_split()
+    asked = questions(model, given.forget, given, "one_shot")
+    sites = [("resid_pre", 0), *(("resid_post", layer) for layer in range(model.n_layers))]
+    before = tracing.read(model, asked, sites)
+    original = Run(model, flush_right(asked))
+    with edit.applied(model):
+        edited, again = tracing.read(model, asked, sites), Run(model, flush_right(asked))
+        patched = tracing.intervene(model, asked, [Intervention(*site, asked.mask.bool(), value=before[site]) for site in sites])
+        cheaply = again.edited([Intervention(*site, again.batch.mask, value=original[site]) for site in sites])
+    assert not torch.equal(edited.logits, before.logits)
+    assert torch.equal(patched.logits, before.logits)
+    # the engine that `patch` uses unembeds the last token alone, which may round otherwise than a pass over all tokens
+    assert torch.equal(cheaply, original.unembed(original["resid_post", model.n_layers - 1][:, -1]))
+    assert torch.equal(tracing.read(model, asked, sites).logits, before.logits)
 
 
 def test_depth_score():

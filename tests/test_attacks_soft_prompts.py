@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from helpers import attacks, metrics
-from helpers.attacks.soft_prompts import Attention, Prepended, insert
+from helpers.attacks.soft_prompts import PUBLISHED, Attention, Prepended, insert
 from helpers.prompts import build
 from helpers.unlearning.training import Settings
 
@@ -66,6 +66,12 @@ def test_attention_starts_at_the_edited_model():
     edited = attacks.untouched(cases.known(), cases.edit(), cases.a_split(), n_retain=5, **cases.ONE_SHOT).set_index("subject")
     rows = attack(kind="attention", steps=(0,)).set_index("subject")
     pd.testing.assert_series_equal(rows["prob_true"], edited.loc[rows.index, "prob_true"], check_exact=True)
+
+
+def test_the_published_numbers_are_options():
+    rows = attack(**PUBLISHED | {"steps": (0, 2), "restarts": 2})
+    assert set(rows["attack"]) == {"soft attention"} and set(rows["restart"]) == {0, 1}
+    assert set(rows["setting"].str.extract(r"^(\d+ vectors)")[0]) == {"15 vectors"}
 
 
 def test_restarts_differ_and_repeat():

@@ -13,12 +13,15 @@ ROOT = Path(__file__).resolve().parents[1]
 DOCUMENTS = sorted([ROOT / "README.md", *(ROOT / "docs").glob("*.md")])
 
 
-def test_extending(monkeypatch):
+def test_extending(monkeypatch, capsys):
     monkeypatch.setattr(attacks, "ATTACKS", dict(attacks.ATTACKS))
-    code = "\n".join(re.findall(r"^```python\n(.*?)^```", (ROOT / "docs/extending.md").read_text(), flags=re.M | re.S))
+    text = (ROOT / "docs/extending.md").read_text()
+    code = "\n".join(re.findall(r"^```python\n(.*?)^```", text, flags=re.M | re.S))
     made = {"__name__": "extending"}
     exec(compile(code, "docs/extending.md", "exec"), made)
     model, parts, edit, rows = (made[name] for name in ("model", "parts", "edit", "rows"))
+    power = [line for line in capsys.readouterr().out.splitlines() if line.startswith("| 0.")]
+    assert len(power) == 9 and "\n".join(power) in text  # the table is what the code prints
     assert edit.norm > 0 and set(edit.values) == set(made["mask"].entries)
     with edit.applied(model):
         shouted = metrics.ask(model, parts.forget, "capitalised")

@@ -15,7 +15,7 @@ import pandas as pd
 import papermill
 import pytest
 
-from helpers import conventions, facts, notebooks, parameters
+from helpers import conventions, facts, notebooks, parameters, runs
 
 FOLDER = cases.FOLDER
 ALL = [path.stem for path in notebooks.select([], FOLDER)]
@@ -54,6 +54,17 @@ def test_committed_with_outputs(name):
     cells = json.loads((FOLDER / f"{name}.ipynb").read_text())["cells"]
     assert any(cell.get("outputs") for cell in cells)
     assert not [o for cell in cells for o in cell.get("outputs", []) if o.get("name") == "stderr"]
+
+
+@pytest.mark.parametrize("name", ALL)
+def test_committed_outputs_are_those_of_the_declared_parameters(name):
+    """Outputs of older code, with other parameters or defaults, are noticed by the line that `runs.start` prints."""
+    cells = json.loads((FOLDER / f"{name}.ipynb").read_text())["cells"]
+    start = next(cell for cell in cells if "runs.start(" in "".join(cell["source"]))
+    printed = "".join(text for output in start["outputs"] if output.get("name") == "stdout" for text in output["text"])
+    params = parameters.from_notebook(FOLDER / f"{name}.ipynb", {})
+    in_use = [f"{key} {value}" for key, value in params if key not in runs.NOT_IDENTITY]
+    assert printed.split("\n")[0] == " · ".join([f"{name}: run {runs.run_id(name, params)}", *in_use])
 
 
 def test_quickstart(quick):

@@ -1,10 +1,13 @@
 """The notebook runner on small notebooks, executed for real."""
 
+import asyncio
 import base64
 import io
 import os
+import shutil
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 
 import matplotlib.pyplot as plt
@@ -219,8 +222,27 @@ def test_kernels_are_of_this_interpreter_and_use_files_where_paths_are_short(mon
         assert kernel.transport == (transport if os.name == "posix" else "tcp")
 
 
-def test_kernels_side_by_side_have_sockets_of_their_own():
-    one, two = notebooks.LocalKernel(), notebooks.LocalKernel()
-    assert one.connection_file != two.connection_file
-    if one.transport == "ipc":
-        assert one.ip != two.ip and Path(one.ip).is_absolute()
+@pytest.mark.parametrize("folder", ["short", "long" * 20])
+def test_kernels_started_at_once_have_sockets_of_their_own(folder, monkeypatch):
+    """Files where paths are short, else ports; each kernel has five, and answers on them."""
+    home = Path(tempfile.mkdtemp(dir="/tmp", prefix="k"))
+    monkeypatch.setenv("JUPYTER_RUNTIME_DIR", str(home / folder))
+    kernels = [notebooks.LocalKernel(kernel_name="python3") for _ in range(4)]
+
+    async def start() -> list[dict]:
+        await asyncio.gather(*(kernel.start_kernel() for kernel in kernels))
+        clients = [kernel.client() for kernel in kernels]
+        for client in clients:
+            client.start_channels()
+        await asyncio.gather(*(client.wait_for_ready(timeout=120) for client in clients))
+        named = [kernel.get_connection_info() for kernel in kernels]
+        for kernel, client in zip(kernels, clients):
+            client.stop_channels()
+            await kernel.shutdown_kernel(now=True)
+        return named
+
+    named = asyncio.run(start())
+    sockets = {(one["ip"], one[f"{channel}_port"]) for one in named for channel in ("shell", "iopub", "stdin", "hb", "control")}
+    assert len(sockets) == 5 * len(kernels) and len({kernel.connection_file for kernel in kernels}) == len(kernels)
+    assert {one["transport"] for one in named} == {"ipc" if folder == "short" and os.name == "posix" else "tcp"}
+    shutil.rmtree(home)

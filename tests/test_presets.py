@@ -271,3 +271,22 @@ def test_memory_is_announced_before_a_large_model_is_loaded(tmp_path, capsys, mo
     assert len(presets.announce(str(tmp_path), torch.bfloat16, "auto")) == 1  # where nothing is edited
     with pytest.raises(PresetError, match="no published settings"):
         presets.announce(str(tmp_path), torch.bfloat16, "auto", asked, "paper", "athletes")
+
+
+def test_masks_that_run_with_defaults_beside_tuned_ones_are_named(tmp_path, capsys, monkeypatch):
+    """A comparison of tuned with untuned masks is allowed, but said before the model is loaded."""
+    monkeypatch.setattr(presets, "TUNED", tmp_path)
+    folder = tmp_path / "tiny-gemma2" / "athletes"
+    folder.mkdir(parents=True)
+    def said(*names, preset="tuned"):
+        presets.announce("tiny-gemma2", torch.float32, "auto", names, preset, "athletes")
+        return capsys.readouterr().out.splitlines()
+
+    assert said("lookup", "random", "MLP 0-1") == []  # nothing is tuned for any: all are alike
+    for name in ("lookup", "all-MLPs"):
+        (folder / f"{name}.yaml").write_text("learning_rate: 0.001")
+    assert said("lookup", "all MLPs", "windows") == said("lookup", "random", preset="") == said() == []
+    assert said("lookup", "random", "all MLPs", "random MLPs") == [
+        "nothing is tuned for random, random MLPs: trained with the defaults, unlike lookup, all MLPs"]
+    assert said("lookup", "MLP 0-1", "MLP 1-2") == ["nothing is tuned for MLP 0-1, MLP 1-2: trained with the settings of lookup"]
+    assert [line.split(":")[0] for line in said("everything", "MLP 0-1")] == ["nothing is tuned for everything", "nothing is tuned for MLP 0-1"]

@@ -65,6 +65,7 @@ def test_defaults_come_from_the_cell(run, capsys):
         ('device = "cuda:99"', "`cuda:99` is not available here"),
         ('device = "spread"', "parameter `device`"),
         ('dtype = "int8"', "parameter `dtype`"),
+        ('dtype = "float16"', "parameter `dtype`"),
     ],
 )
 def test_bad_parameter_is_refused_and_nothing_written(cells, tmp_path, injected, message):

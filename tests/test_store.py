@@ -224,8 +224,13 @@ def test_a_million_rows_load_in_under_three_seconds(home):
         made = {"notebook": STEM, "started": "2025", "git": None, "platform": "p", "device": "cpu", "threads": 1}
         provenance.write_json(folder / "provenance.json", made | text)
         provenance.write_json(folder / "done.json", text)
-    # processor time of all threads, which a busy machine does not stretch
-    began = time.process_time()
-    rows = read(home)
-    assert time.process_time() - began < 3
+    wall, processor = [], []
+    for _ in range(3):  # the best of three: another process may take the cores for a while
+        began, worked = time.perf_counter(), time.process_time()
+        rows = read(home)
+        wall.append(time.perf_counter() - began)
+        processor.append(time.process_time() - worked)  # of all threads, which a busy machine does not stretch
+        if wall[-1] < 3:
+            break
+    assert min(wall) < 3 and min(processor) < 3
     assert len(rows) == 1_000_000 and rows["run"].nunique() == 160

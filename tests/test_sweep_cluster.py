@@ -21,7 +21,7 @@ while not (pathlib.Path(run.params.notes).parent / "go").exists() and time.time(
 
 @pytest.fixture
 def ray(monkeypatch):
-    module = pytest.importorskip("ray")
+    module = pytest.importorskip("ray", reason="needs Ray: pip install -e '.[ray]', as make test-slow does")
     # on a shared machine tests at Ray's own low priority may never get their turn
     monkeypatch.setenv("RAY_worker_niceness", "0")
     return module

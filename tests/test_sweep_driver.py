@@ -4,6 +4,8 @@ import json
 import os
 import shutil
 import signal
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -166,21 +168,31 @@ def test_a_run_that_another_sweep_holds_is_waited_for(tmp_path, monkeypatch):
     assert order == [1, 0]
 
 
-def test_a_disk_too_full_to_note_a_failure_stops_nothing(tmp_path, monkeypatch):
+FULL = """import resource, sys
+from pathlib import Path
+from test_sweep_driver import scripted
+resource.setrlimit(resource.RLIMIT_FSIZE, (60, 60))  # bytes a file: room for a done.json of Scripted, none for a failed.json
+made = scripted(Path(sys.argv[1]), {1: "KernelDied"})
+print(dict(made.counts))
+print(made.failures[0][1])"""
+
+
+@pytest.mark.skipif(os.name != "posix", reason="limits of a process are POSIX")
+def test_a_disk_too_full_to_note_a_failure_stops_nothing(tmp_path):
+    """A driver of its own, which the system lets write no more."""
     notebook(tmp_path, "50_full", FINISH)
     file = sweep_file(tmp_path, entry("50_full", grid={"seed": [0, 1, 2]}))
-    real = driver.provenance.write_json
-
-    def full(path, value):
-        if path.name == "failed.json":
-            raise OSError(28, "No space left on device")
-        real(path, value)
-
-    monkeypatch.setattr(driver.provenance, "write_json", full)
-    made = scripted(file, {1: "KernelDied"})
-    assert made.counts == {"done": 2, "failed": 1}
-    assert made.failures[0][1].startswith("KernelDied (and it could not be noted: [Errno 28]")
-    assert driver.state(made.failures[0][0], Present(tmp_path)) == "new"
+    found = [str(Path(__file__).parent), str(provenance.project_root())]
+    driven = subprocess.run([sys.executable, "-c", FULL, str(file)], env={**os.environ, "PYTHONPATH": os.pathsep.join(found)},
+                            capture_output=True, text=True, timeout=240)
+    assert driven.returncode == 0, driven.stderr
+    counts, why = driven.stdout.splitlines()
+    assert counts == "{'done': 2, 'failed': 1}"
+    assert why.startswith("KernelDied (and it could not be noted: [Errno 27] File too large")
+    tasks = plan.load(file, str(tmp_path / "out"))
+    assert [bool(store.note(task.folder / "done.json")) for task in tasks] == [True, False, True]
+    assert not any(tasks[1].folder.iterdir())  # no torn file
+    assert driver.state(tasks[1], Present(tmp_path)) == "new"
 
 
 def test_a_store_that_cannot_be_written_fails_each_run(tmp_path):

@@ -35,6 +35,8 @@ from helpers.unlearning.training import Settings, train
 from helpers.unlearning.weights import at_rest
 
 SETTINGS = Settings(learning_rate=0.1, steps=60, batch=16)
+# options of `soft_prompt`, as published; `limit` was 6 whatever the model, here it counts mean lengths of the model's embeddings
+PUBLISHED = {"kind": "attention", "size": 15, "restarts": 4, "steps": (0, 128), "settings": replace(SETTINGS, learning_rate=1e-5, retain_weight=0.0)}
 
 
 class Soft:
