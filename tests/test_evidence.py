@@ -175,7 +175,7 @@ def test_a_choice_is_replaced_as_a_whole(pairs):
     every = [str(c) for c in (*model.components("attn"), *model.components("mlp"))]
     choices = {"one": ["mlp 1"], "two": ["attn 0", "mlp 2"], "other": ["attn 1"]}
     found = replaced(model, pairs, choices).set_index("choice")
-    assert list(found.index) == list(choices) and found["units"].tolist() == [1, 2, 1]
+    assert list(found.index) == list(choices) and found["n_units"].tolist() == [1, 2, 1]
     for name, units in choices.items():
         order = [*units, *(u for u in every if u not in units)]
         kept = curve(faithfulness(model, pairs, {name: order}, counts=(len(units),), random=0))["kept"][0]

@@ -223,7 +223,7 @@ def area(table: pd.DataFrame, level: float = 0.95, samples: int = 500, seed: int
 def replaced(model: Model, pairs: Pairs, choices: Mapping[str, Sequence[str]], seed: int = 0, batch_size: int = 64) -> pd.DataFrame:
     """What a whole choice does to the answer: all its components knocked out of the clean run at once, as in `faithfulness`.
 
-    `choices`: name → components (attention blocks, MLPs). One row each: `choice`, `units` (how many), `kept` (the share of the
+    `choices`: name → components (attention blocks, MLPs). One row each: `choice`, `n_units`, `kept` (the share of the
     logit difference that stays), `low`, `high` (bootstrap interval over facts).
     """
     every = [str(unit) for kind in ("attn", "mlp") for unit in model.components(kind)]
@@ -232,7 +232,7 @@ def replaced(model: Model, pairs: Pairs, choices: Mapping[str, Sequence[str]], s
         orders = {n: [*units, *(u for u in every if u not in units)] for n, units in choices.items() if len(units) == k}
         tables.append(faithfulness(model, pairs, orders, counts=(k,), random=0, batch_size=batch_size))
     found = intervals(pd.concat(tables).rename(columns={"ranking": "component"}), seed=seed).set_index("component").loc[list(choices)]
-    return pd.DataFrame({"choice": list(choices), "units": [len(u) for u in choices.values()], "kept": found["score"].to_numpy(),
+    return pd.DataFrame({"choice": list(choices), "n_units": [len(u) for u in choices.values()], "kept": found["score"].to_numpy(),
                          "low": found["low"].to_numpy(), "high": found["high"].to_numpy()})
 
 
