@@ -1,8 +1,10 @@
-"""Progress bars that are quiet when nobody watches; apart from `helpers.runs`, so that computing needs no notebook packages."""
+"""Progress bars that are quiet when nobody watches, and a clock; apart from `helpers.runs`, so that computing needs no notebook packages."""
 
 import os
 import sys
-from collections.abc import Iterable
+import time
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from typing import TypeVar
 
 T = TypeVar("T")
@@ -17,6 +19,14 @@ def is_headless() -> bool:
     if HEADLESS_VARIABLE in os.environ:
         return os.environ[HEADLESS_VARIABLE] != "0"
     return not (sys.stderr.isatty() or any(name in os.environ for name in INTERACTIVE_VARIABLES))
+
+
+@contextmanager
+def timed(seconds: dict[str, float], name: str) -> Iterator[None]:
+    """Writes down under `name` how many seconds the block took."""
+    started = time.perf_counter()
+    yield
+    seconds[name] = time.perf_counter() - started
 
 
 def progress(iterable: Iterable[T], description: str, total: int | None = None) -> Iterable[T]:

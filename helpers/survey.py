@@ -12,12 +12,19 @@ from dataclasses import dataclass, field
 
 import pandas as pd
 
-from helpers import metrics
+from helpers import metrics, prompts
 from helpers.facts import Facts
 from helpers.models import Model
 from helpers.prompts import LATIN_SQUARE, PromptError
 
 GATE = 0.9
+# what each format asks for
+NOTES = {
+    "cloze": "a sentence that stops before the answer", "one_shot": "the same after one solved example", "few_shot": "the same after three",
+    "paraphrase": "the fact in other words", "qa": "a question", "mcq": "multiple choice: four options, the answer is a letter",
+    "attribute": "what follows from the answer", "capitalised": "the example's answer has a capital letter, the model's should too",
+    "dashed": "the example's answer is spelled letter by letter, the model's should be too",
+}
 
 
 @dataclass(frozen=True)
@@ -41,6 +48,24 @@ def questions(facts: Facts) -> list[Question]:
         *(Question(name, "attribute", {"name": name}) for name in shared),
         Question("capitalised", "capitalised"), Question("dashed", "dashed"),
     ]
+
+
+def examples(facts: Facts, pool: Facts) -> pd.DataFrame:
+    """The first fact in every format of `questions`: `question`, `format` (as evaluations call it), `asks_for`, `prompt`, `true`, `edit`.
+
+    Solved examples come from `pool`. A format that cannot be made for the fact is left out.
+    """
+    one, rows = facts[:1], []
+    for question in questions(one):
+        options = question.options | ({"pool": pool} if question.format in ("one_shot", "few_shot", "capitalised", "dashed") else {})
+        try:
+            prompt = prompts.FORMATS[question.format](one, **options)[0]
+        except PromptError:
+            continue
+        name = question.options["name"] if question.format == "attribute" else question.format
+        rows.append({"question": question.label, "format": name, "asks_for": NOTES[question.format], "prompt": prompt.text,
+                     "true": prompt.options[0], "edit": prompt.options[1]})
+    return pd.DataFrame(rows)
 
 
 def survey(model: Model, facts: Facts, asked: Sequence[Question] | None = None, orders: Sequence[int] = LATIN_SQUARE) -> tuple[pd.DataFrame, dict[str, str]]:

@@ -18,6 +18,7 @@ from helpers.localization.evidence import (
     faithfulness,
     intervals,
     regions,
+    replaced,
     resamples,
     stability,
     top,
@@ -163,7 +164,22 @@ def test_curves_and_areas(pairs):
             for (a, y), (b, z) in itertools.pairwise(zip(one["share"], one["kept"]))
         )
         assert areas.loc[name, "area"] == pytest.approx(by_hand)
+    drawn = [area(found[found["ranking"] == f"random {i}"].assign(ranking=f"one {i}"), samples=5)["area"][0] for i in range(2)]
+    random = areas.loc["random"]  # its range is over rankings, not over facts
+    assert random["area"] == pytest.approx(np.mean(drawn)) and min(drawn) <= random["low"] <= random["high"] <= max(drawn)
     assert (areas["low"] <= areas["high"]).all() and areas.equals(area(found, samples=50).set_index("ranking"))
+
+
+def test_a_choice_is_replaced_as_a_whole(pairs):
+    model = cases.model("llama")
+    every = [str(c) for c in (*model.components("attn"), *model.components("mlp"))]
+    choices = {"one": ["mlp 1"], "two": ["attn 0", "mlp 2"], "other": ["attn 1"]}
+    found = replaced(model, pairs, choices).set_index("choice")
+    assert list(found.index) == list(choices) and found["n_units"].tolist() == [1, 2, 1]
+    for name, units in choices.items():
+        order = [*units, *(u for u in every if u not in units)]
+        kept = curve(faithfulness(model, pairs, {name: order}, counts=(len(units),), random=0))["kept"][0]
+        assert found.loc[name, "kept"] == pytest.approx(kept) and found.loc[name, "low"] <= kept <= found.loc[name, "high"]
 
 
 ERRORS = [

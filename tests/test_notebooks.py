@@ -79,7 +79,7 @@ def test_quickstart(quick):
     assert any(claim.startswith("neither edit collapses") for claim in checks)
     swap = rows[rows["measure"] == "swap"].pivot(index="layer", columns="swapped", values="p")
     # the first block's output at the whole name is all there is of it; after the last block nothing reads the name any more
-    assert swap["all tokens of the name"].iloc[0] > 0.9 and (swap.iloc[-1] < 0.1).all()
+    assert swap["whole name"].iloc[0] > 0.9 and (swap.iloc[-1] < 0.1).all()
     assert holds(checks, "outside the `with` block the model is unchanged")
 
 

@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+import time
 
 import numpy as np
 import pandas as pd
@@ -13,6 +14,7 @@ from matplotlib.figure import Figure
 
 from helpers import parameters, provenance, runs
 from helpers.parameters import ParameterError
+from helpers.progress import timed
 
 CELL = '''
 model: str = "tiny-llama3"  # a tiny name, a local path or a hub id
@@ -186,6 +188,13 @@ def test_pick(cells):
     for profile, value in {"quick": 1, "standard": 2, "full": 3}.items():
         run = start_with(cells, INJECTED + f"profile = {profile!r}")
         assert run.pick(quick=1, standard=2, full=3) == value
+
+
+def test_a_block_is_timed():
+    seconds = {}
+    with timed(seconds, "slept"):
+        time.sleep(0.02)
+    assert 0.02 <= seconds["slept"] < 5
 
 
 def test_progress_is_silent_when_headless(monkeypatch, capsys):

@@ -10,7 +10,7 @@ column where it has not. Resampling always draws facts, with all their component
 - `regions`: which part of a choice lies in lookup and in extraction layers (the paper's table 2).
 - `faithfulness`: components knocked out of the clean run, or restored in the corrupted one, one after the other
   in the order of a ranking (arXiv 2304.14997, 2403.17806); the earlier the curve moves, the better the ranking,
-  and random rankings say how early is early.
+  and random rankings show what to compare it with. `replaced` does the same to whole choices at once.
 """
 
 from __future__ import annotations
@@ -198,20 +198,42 @@ def area(table: pd.DataFrame, level: float = 0.95, samples: int = 500, seed: int
     """Area under each curve over the share of components, with a bootstrap interval over facts.
 
     Columns `ranking`, `area`, `low`, `high`. A small area is good for `knock_out`, a large one for `restore`. The
-    random rankings are averaged first and make one row, `random`.
+    random rankings make one row, `random`: the mean of their areas, and the range of the middle `level` of them,
+    because they differ far more from each other than one of them does over facts.
     """
-    names = table["ranking"].str.replace(r"^random \d+$", "random", regex=True)
-    means = table.groupby([names, "share", "fact"], sort=False)[list(LD)].mean().reset_index()
-    rows = []
-    for name, part in means.groupby("ranking", sort=False):
+    rows, drawn = [], []
+    for name, part in table.groupby("ranking", sort=False):
         part = part.rename(columns={"share": "component"})
         points = part["component"].unique().astype(float)
         steps = np.diff(points)
         middles = (np.append(steps, 0) + np.append(0, steps)) / 2  # trapezoid rule
+        whole = component_scores(part).to_numpy() @ middles
+        if str(name).startswith("random "):
+            drawn.append(whole)
+            continue
         areas = resamples(part, None, samples, seed).to_numpy() @ middles
         low, high = np.quantile(areas, [(1 - level) / 2, (1 + level) / 2])
-        rows.append({"ranking": name, "area": component_scores(part).to_numpy() @ middles, "low": low, "high": high})
+        rows.append({"ranking": name, "area": whole, "low": low, "high": high})
+    if drawn:
+        low, high = np.quantile(drawn, [(1 - level) / 2, (1 + level) / 2])
+        rows.append({"ranking": "random", "area": np.mean(drawn), "low": low, "high": high})
     return pd.DataFrame(rows)
+
+
+def replaced(model: Model, pairs: Pairs, choices: Mapping[str, Sequence[str]], seed: int = 0, batch_size: int = 64) -> pd.DataFrame:
+    """What a whole choice does to the answer: all its components knocked out of the clean run at once, as in `faithfulness`.
+
+    `choices`: name → components (attention blocks, MLPs). One row each: `choice`, `n_units`, `kept` (the share of the
+    logit difference that stays), `low`, `high` (bootstrap interval over facts).
+    """
+    every = [str(unit) for kind in ("attn", "mlp") for unit in model.components(kind)]
+    tables = []
+    for k in sorted({len(units) for units in choices.values()}):
+        orders = {n: [*units, *(u for u in every if u not in units)] for n, units in choices.items() if len(units) == k}
+        tables.append(faithfulness(model, pairs, orders, counts=(k,), random=0, batch_size=batch_size))
+    found = intervals(pd.concat(tables).rename(columns={"ranking": "component"}), seed=seed).set_index("component").loc[list(choices)]
+    return pd.DataFrame({"choice": list(choices), "n_units": [len(u) for u in choices.values()], "kept": found["score"].to_numpy(),
+                         "low": found["low"].to_numpy(), "high": found["high"].to_numpy()})
 
 
 def _replacements(units: Sequence[Component], source) -> list[Intervention]:

@@ -21,9 +21,10 @@ from helpers.plots.localization import (
 from helpers.plots.memory import memory_bars
 from helpers.plots.scaling import cost_lines
 from helpers.plots.series import format_bars, layer_lines, probe_lines, training_curve
-from helpers.plots.style import canvas, reference
+from helpers.plots.style import STREAM, canvas, reference
 
 __all__ = [
+    "STREAM",
     "access_bars",
     "agreement_map",
     "bar_panels",

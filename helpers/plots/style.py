@@ -13,6 +13,14 @@ PALETTE = sns.color_palette("colorblind")
 # places where weights are trained keep their colour in every figure (names of localization.choices)
 PLACES = {"lookup": 0, "causal tracing": 1, "everything": 2, "attribution": 3, "causal tracing MLPs": 8, "attribution MLPs": 4, "all MLPs": 9,
           "random": 7, "random MLPs": 5}
+# positions of a prompt have one name and one colour in every figure, whatever a table calls them
+POSITIONS = {"name": "name's last token", "subject last": "name's last token", "last": "last position", "subject": "whole name",
+             "subject first": "name's first token", "subject middle": "name's middle tokens",
+             "name, shuffled labels": "name's last token, shuffled labels", "later": "later tokens",
+             **{f"after subject {k}": f"token {k} after the name" for k in range(1, 10)}}
+POSITION_COLOURS = {"name's last token": 0, "last position": 1, "whole name": 2, "name's last token, shuffled labels": 7}
+# how the layers of the residual stream are counted
+STREAM = "layer (0 = embeddings, l + 1 = after block l)"
 DIVERGING = "PuOr"
 SEQUENTIAL = "Blues"
 STYLE = {
@@ -28,6 +36,12 @@ def colours(names: Iterable[str]) -> dict[str, tuple[float, float, float]]:
     taken = {PLACES[name] for name in names if name in PLACES}
     free = itertools.cycle([i for i in range(len(PALETTE)) if i not in taken] or range(len(PALETTE)))
     return {name: PALETTE[PLACES[name] if name in PLACES else next(free)] for name in names}
+
+
+def position(name: str, number: int = 0) -> tuple[str, tuple[float, float, float]]:
+    """The name of a position in figures and its colour; any other name is left, with the colour of its number."""
+    label = POSITIONS.get(name, name)
+    return label, PALETTE[POSITION_COLOURS.get(label, number) % len(PALETTE)]
 
 
 def canvas(n_cols: int = 1, n_rows: int = 1, width: float = 4.6, height: float = 3.2, **options):
