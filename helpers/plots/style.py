@@ -6,6 +6,7 @@ import itertools
 from collections.abc import Iterable
 
 import matplotlib as mpl
+import pandas as pd
 import seaborn as sns
 from matplotlib.figure import Figure
 
@@ -28,6 +29,23 @@ def colours(names: Iterable[str]) -> dict[str, tuple[float, float, float]]:
     taken = {PLACES[name] for name in names if name in PLACES}
     free = itertools.cycle([i for i in range(len(PALETTE)) if i not in taken] or range(len(PALETTE)))
     return {name: PALETTE[PLACES[name] if name in PLACES else next(free)] for name in names}
+
+
+def rounds(names: Iterable[str]) -> dict[str, int]:
+    """How many names before each have its colour: with more names than colours, marker or dash must tell them apart."""
+    coloured = colours(names)
+    return {name: list(coloured.values())[:place].count(colour) for place, (name, colour) in enumerate(coloured.items())}
+
+
+def ends(rows: pd.DataFrame, shares: bool) -> pd.DataFrame:
+    """`low` and `high` as they are drawn: intervals of shares stop at 0 and 1."""
+    return rows[["low", "high"]].clip(0, 1) if shares else rows[["low", "high"]]
+
+
+def lengths(values: pd.Series, rows: pd.DataFrame) -> list[pd.Series]:
+    """How far the intervals of shares reach below and above their values."""
+    drawn = ends(rows, shares=True)
+    return [(values - drawn["low"]).clip(lower=0), (drawn["high"] - values).clip(lower=0)]
 
 
 def canvas(n_cols: int = 1, n_rows: int = 1, width: float = 4.6, height: float = 3.2, **options):
