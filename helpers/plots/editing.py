@@ -12,10 +12,9 @@ import numpy as np
 import pandas as pd
 from matplotlib.figure import Figure
 
-from helpers.plots.style import canvas, colours, ends, rounds
+from helpers.plots.style import MARKERS, any_collapsed, canvas, colours, ends, named, rounds
 
 OUTSIDE = {"loc": "upper left", "bbox_to_anchor": (1.01, 1), "fontsize": 8}
-MARKERS = "osD^"  # of the names that share a colour
 LINES = {False: ("-", "-."), True: ("--", ":")}  # by collapsed, of the names that share a colour
 
 
@@ -35,9 +34,9 @@ def spider(table: pd.DataFrame, hue: str = "mask", title: str = "") -> Figure:
     for i, (name, rows) in enumerate(groups):
         rows = rows.set_index("measure").reindex(measures)
         shift = 0.02 * (i - (len(groups) - 1) / 2)  # so that intervals on one axis do not hide each other
-        values, collapsed, colour = rows["value"].clip(0, 1).to_numpy(), _collapsed(rows), coloured[str(name)]
+        values, collapsed, colour = rows["value"].clip(0, 1).to_numpy(), any_collapsed(rows), coloured[str(name)]
         ax.plot(np.append(angles, angles[0]), np.append(values, values[0]), color=colour, linewidth=1.5,
-                linestyle=LINES[collapsed][again[str(name)] % 2], label=_label(name, collapsed))
+                linestyle=LINES[collapsed][again[str(name)] % 2], label=named(name, collapsed))
         if "low" in rows:
             ax.vlines(angles + shift, rows["low"].clip(0, 1), rows["high"].clip(0, 1), color=colour, linewidth=2, alpha=0.75)
     ax.set_theta_offset(np.pi / 2)
@@ -66,11 +65,11 @@ def estimates(table: pd.DataFrame, row: str = "format", hue: str = "mask", xlabe
     places = np.arange(len(rows))
     for i, (name, part) in enumerate(groups):
         part, colour = part.set_index(row).reindex(rows), coloured[str(name)]
-        where, collapsed = places + 0.7 * ((i + 0.5) / len(groups) - 0.5), _collapsed(part)
+        where, collapsed = places + 0.7 * ((i + 0.5) / len(groups) - 0.5), any_collapsed(part)
         if "low" in part:
             ax.hlines(where, *ends(part, shares).to_numpy().T, color=colour, linewidth=1.6, alpha=0.7)
         ax.plot(part["value"], where, MARKERS[again[str(name)] % len(MARKERS)], markersize=5, color=colour,
-                markerfacecolor="white" if collapsed else colour, label=_label(name, collapsed))
+                markerfacecolor="white" if collapsed else colour, label=named(name, collapsed))
     for levels, style in ((before, {"color": "0.55", "linewidth": 2, "label": "before"}),
                           (chance, {"color": "black", "linewidth": 1.2, "linestyle": ":", "label": "chance"})):
         if levels is not None:
@@ -106,7 +105,7 @@ def tradeoff(table: pd.DataFrame, x: str, y: str, hue: str = "mask", labels: tup
             ax.hlines(rows[y], rows["x_low"], rows["x_high"], color=colour, linewidth=1.2, alpha=0.6)
         faces = ["white" if lost else colour for lost in collapsed]
         ax.scatter(rows[x], rows[y], s=28, edgecolors=[colour], facecolors=faces, zorder=3)
-        ax.plot([], [], "o", color=colour, markerfacecolor="white" if collapsed.all() else colour, label=_label(name, collapsed.all()))
+        ax.plot([], [], "o", color=colour, markerfacecolor="white" if collapsed.all() else colour, label=named(name, collapsed.all()))
         if chosen:
             ax.scatter(rows.loc[rows[chosen], x], rows.loc[rows[chosen], y], s=130, facecolors="none", edgecolors=[colour], linewidths=1.4, zorder=3)
     if diagonal:
@@ -123,11 +122,3 @@ def _side_by_side(table: pd.DataFrame, x: str, y: str, hue: str) -> pd.DataFrame
     of = lambda measure: table[table["measure"] == measure].drop(columns="measure")
     one = of(x)[[hue, "value", "low", "high"]].rename(columns={"value": x, "low": "x_low", "high": "x_high"})
     return of(y).rename(columns={"value": y}).merge(one, on=hue)
-
-
-def _collapsed(rows: pd.DataFrame) -> bool:
-    return "collapsed" in rows and bool(rows["collapsed"].fillna(False).any())
-
-
-def _label(name, collapsed: bool) -> str:
-    return f"{name} (collapsed)" if collapsed else str(name)
