@@ -40,7 +40,7 @@ def edit(mask: str, *, model: str = "tiny-llama3", method: str = "finetune", fac
     for seed in range(seeds):
         for measure in EVALUATED:
             kept = measure.endswith("retain")
-            good = 0.95 if kept else 0.6 + shift if measure.endswith("edit") else 0.3 - shift
+            good = 1.0 if measure == "edit" else 0.95 if kept else 0.6 + shift if measure.endswith("edit") else 0.3 - shift  # every edit takes
             add("none", "", measure, good if mask != "none" or kept else 0.02 if measure.endswith("edit") else 0.95, seed)
         found.append(pd.DataFrame({**own, "seed": seed, "run": f"{mask} {method} {seed}", "attack": "none", "setting": "", "fact": [""],
                                    "measure": "text_loss", "value": [2.0 + 0.01 * rng.random()]}))

@@ -13,7 +13,7 @@ import report_cases as cases
 
 from helpers import claims, facts, plots, stats, store
 from helpers.attacks.headline import SPOKEN
-from helpers.report import figures, page, selections, tables
+from helpers.report import edits, figures, page, selections, tables
 from helpers.report import rows as material
 from helpers.report.__main__ import main
 
@@ -136,6 +136,9 @@ def test_a_figure_without_rows_says_what_brings_them(tree, tmp_path):
     assert asked == [f"python -m helpers.sweep sweeps/{name}.yaml" for name in ("attacks", "editing", "reference")]
     (tmp_path / "mine.yaml").write_text("- notebook: 07_weight_masks\n")
     assert page.command_of(kinds["mask-ladder"], tmp_path) == "python -m helpers.sweep sweeps/mine.yaml"
+    packs = pd.DataFrame({"source": ["data/results/editing.parquet"], "notebook": ["04_localized_editing"]})
+    assert page.command_of(kinds["spider"], packs=packs) == "python -m helpers.sweep sweeps/editing.yaml"
+    assert page.command_of(kinds["spider"], packs=packs.assign(source="n.parquet")) == "python -m helpers.notebooks run 04 06 --profile standard"
     assert page.command_of(kinds["scaling"], tmp_path) == "python -m helpers.notebooks run 11 --profile standard"
     assert f"No rows for this figure yet. They come from {page.command_of(kinds['mask-ladder'])}" in said(tree)
 
@@ -194,7 +197,10 @@ def test_where_localizations_look_is_a_mean_over_seeds_and_says_which_chose_the_
     assert table.loc["fact lookup", "same"] == 3 and table.loc["random", "knock-out area"] == pytest.approx(0.3)
     tree = ElementTree.fromstring(page.render(collected, declared, "a day", "a command").removeprefix("<!DOCTYPE html>"))
     shown = [[said(cell) for cell in row.iter("td")] for row in tree.find(".//table[@id='localizations']").iter("tr")][1:]
-    assert ["tiny-llama3", "athletes, 96 facts", "causal tracing", "0.25", "0.60", "0.90", "0.05", "attn 6, mlp 8", "2 of 3"] in shown
+    assert ["tiny-llama3", "athletes, 96 facts", "causal tracing"] in [row[:3] for row in shown]
+    row = next(row for row in shown if row[2] == "causal tracing")
+    assert [cell.split()[0] for cell in row[3:7]] == ["0.25", "0.60", "0.90", "0.05"] and row[7:] == ["attn 6, mlp 8", "2 of 3"]
+    assert 0.6 - table.loc["causal tracing", "extraction share_low"] > 0 and f"[{table.loc['causal tracing', 'extraction share_low']:.2f}," in row[4]
     assert tables.leaderboard(collected.rows).equals(tables.leaderboard(rows))  # and no other table takes these rows for edits
 
 
@@ -244,14 +250,55 @@ def test_the_same_rows_give_the_same_bytes_apart_from_the_date(collected, declar
     assert page.render(collected, declared, "another day", "a command") == text.replace("Made a day", "Made another day")
 
 
-def test_bars_are_as_high_as_the_table_says_with_their_chance_level():
-    table = pd.DataFrame([{"asked": asked, "mask": mask, "group": group, "value": value, "low": value - 0.1, "high": value + 0.1}
+def test_dots_are_where_the_table_says_with_their_chance_level():
+    table = pd.DataFrame([{"asked": asked, "mask": mask, "group": group, "value": value, "low": value - 0.5, "high": value + 0.1, "collapsed": mask == "b"}
                           for asked, value in (("MCQ", 0.4), ("QA", 0.6)) for mask in ("a", "b") for group in ("forgotten", "retained")])
-    figure = plots.bar_panels(table.assign(chance=0.25), "asked", "mask", "group")
+    figure = plots.dot_panels(table.assign(chance=0.25), "asked", "mask", "group")
     assert [ax.get_title() for ax in figure.axes] == ["forgotten", "retained"]
     for ax in figure.axes:
-        assert sorted(round(bar.get_height(), 6) for bar in ax.patches) == [0.4, 0.4, 0.6, 0.6]
-        assert any(segment[0][1] == 0.25 for collection in ax.collections for segment in collection.get_segments())
+        assert [line.get_xdata().tolist() for line in ax.lines] == [[0.4, 0.6]] * 2
+        assert [line.get_markerfacecolor() == "white" for line in ax.lines] == [False, True]
+        segments = [segment.tolist() for collection in ax.collections for segment in collection.get_segments() if len(segment)]
+        assert min(x for segment in segments for x, _ in segment if x > -0.02) == 0 and any(segment[0][0] == segment[1][0] == 0.25 for segment in segments)
+
+
+def part_taken(rows: pd.DataFrame, mask: str) -> pd.DataFrame:
+    """As if an edit had been taken by half of the facts."""
+    half = (rows["localization"] == mask) & (rows["measure"] == "edit top1")
+    return rows.assign(value=rows["value"].mask(half, rows["fact"].isin(cases.NAMES[::2]).astype(float)))
+
+
+def test_a_report_marks_edits_that_did_not_take_and_draws_one_edit_under_two_names_once(rows):
+    again = rows[rows["localization"] == "lookup"].assign(localization="attribution MLPs", run=lambda t: "again " + t["run"])
+    both = pd.concat([part_taken(rows, "everything"), again])
+    made = edits.made(both).xs("finetune", level="method").droplevel(["model", "facts", "n"])
+    assert made.loc["lookup", "taken"] == 1 and not made.loc["lookup", "weak"] and made.loc["everything", "weak"]
+    assert list(edits.doubles(both).values()) == ["lookup"]
+    board = tables.leaderboard(both)
+    assert {"lookup = attribution MLPs", "everything †", "all MLPs"} == set(board["name"])
+    picture, = figures.pictures(next(kind for kind in figures.KINDS if kind.name == "worst"), both, {})
+    assert set(picture.table["mask"]) == set(board["name"]) and "everything" in picture.note and "lookup" not in picture.note
+    other = both.assign(value=both["value"].mask(both["run"].str.startswith("again") & (both["attack"] == "relearn lora"), 0.5))
+    assert edits.doubles(other) == {}
+
+
+def test_unlearning_takes_where_the_true_answer_is_gone(rows):
+    gone = rows.assign(method=rows["method"].replace("finetune", "npo"), value=rows["value"].mask(rows["measure"] == "forget top1", 0.0))
+    made = edits.made(gone).xs("npo", level="method")
+    assert (made["taken"] == 1).all() and not made["weak"].any()
+
+
+def test_what_was_not_run_is_not_undecided_and_decided_claims_say_when_they_hold(rows, declared):
+    rows = part_taken(rows, "lookup")
+    found = tables.verdicts(declared, rows).set_index("claim")
+    compared = claims.comparisons(declared, rows)
+    run = set(compared.loc[compared["n_facts"] > 0, "claim"])
+    assert set(found.index[found["state"] != tables.NOT_RUN]) == run
+    decided = tables.decided(declared, rows)
+    assert set(decided["claim"]) == set(found.index[found["verdict"] != "undecided"]) and (decided["verdict"] != "undecided").all()
+    shown = tables.in_words(declared, decided)
+    assert all(text.startswith(("above ", "below ")) for text in shown["holds if all of it is"])
+    assert found.loc["mcq-unlocalized", "warning"] == "the edit of the mask did not take in full (lookup: 0.50 of the facts in the trained words)"
 
 
 def test_the_command_line_says_what_is_wrong(tmp_path, capsys):

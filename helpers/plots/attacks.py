@@ -17,7 +17,7 @@ from helpers.plots.style import STYLE, any_collapsed, canvas, colours, ends, len
 
 WIDEST = 17  # inches
 MUTED = ({"linestyle": "--", "color": "0.25"}, {"linestyle": ":", "color": "0.25"}, {"linestyle": "-.", "color": "0.55"})
-DASHES = ("-", (0, (5, 1.5)), (0, (2, 1)))  # in turn, so that a line shows through one that lies on it
+DASHES = ((5, 1.5), (2, 1), (8, 1.5, 2, 1.5), (4, 1, 1, 1))  # after the first line, in turn: one shows through another that lies on it
 
 
 def line_panels(table: pd.DataFrame, x: str, hue: str, column: str, row: str | None = None, muted: Sequence[str] = (),
@@ -31,7 +31,7 @@ def line_panels(table: pd.DataFrame, x: str, hue: str, column: str, row: str | N
         return _nothing(title)
     columns, rows = (list(dict.fromkeys(table[name])) if name else [""] for name in (column, row))
     coloured = colours(h for h in table[hue] if h not in muted)
-    dashes = {name: DASHES[i % len(DASHES)] for i, name in enumerate(coloured)}
+    dashes = {name: (0, DASHES[(i - 1) % len(DASHES)]) if i else "-" for i, name in enumerate(coloured)}
     width = min(3.3, WIDEST / len(columns))
     numeric = pd.api.types.is_numeric_dtype(table[x])
     figure, axes = canvas(len(columns), len(rows), width=width, height=2.5, squeeze=False, sharey=True, sharex=numeric)

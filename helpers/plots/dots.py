@@ -33,10 +33,10 @@ def dot_panels(table: pd.DataFrame, row: str, hue: str, column: str, xlabel: str
         ax.vlines(1, -0.5, len(rows) - 0.5, color="0.45", linestyle=":", linewidth=0.8)
         ax.hlines(places[1:] - 0.5, -0.02, 1.02, color="0.9", linewidth=0.6)
         ax.set(xlim=(-0.02, 1.02), ylim=(len(rows) - 0.5, -0.5), title=str(panel))
+        ax.set_xlabel(xlabel, fontsize=9)
         ax.grid(axis="y", visible=False)
-    axes[0, 0].set_yticks(places, [textwrap.fill(str(name), 26) for name in rows], fontsize=9)
+    axes[0, 0].set_yticks(places, ["\n".join(textwrap.fill(part, 26) for part in named(name, False).split("\n")) for name in rows], fontsize=9)
     found = {label: handle for ax in axes.flat for handle, label in zip(*ax.get_legend_handles_labels())}
     figure.legend(found.values(), found.keys(), loc="outside lower center", ncols=3, fontsize=8)
-    figure.supxlabel(xlabel, fontsize=9)
     figure.suptitle(title, x=0.01, ha="left", fontsize=STYLE["axes.titlesize"])
     return figure

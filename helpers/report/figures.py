@@ -23,7 +23,7 @@ from helpers.report import edits, selections
 from helpers.report.selections import UNEDITED
 
 READINGS = {"probability": "mean probability", "top1": "top-1 accuracy"}
-STEPS, PROBABLE = "training steps of the attack", "mean probability of the true answer"
+STEPS, PROBABLE = "training steps of the attack", "probability of\nthe true answer"
 LAYER = "layer (0 = embeddings, l + 1 = after block l)"
 
 
@@ -55,9 +55,12 @@ class Picture:
 
 
 def pictures(kind: Kind, rows: pd.DataFrame, chance: Mapping[str, float], made: pd.DataFrame | None = None) -> Iterator[Picture]:
-    """All figures of a kind that the rows allow; `chance` by facts, as `floors` gives it, and `made` as `edits.made` does."""
+    """All figures of a kind that the rows allow; `chance` by facts, as `floors` gives it.
+
+    For many figures of the same rows have them from `selections.named`, and `made` from `edits.made`.
+    """
     made = edits.made(rows) if made is None else made
-    chosen = edits.marked(kind.select(selections.named(rows)), made)
+    chosen = edits.marked(kind.select(rows if "tried" in rows else selections.named(rows)), made)
     for (model, facts, tried), part in chosen.groupby(["model", "about", "tried"], sort=False):
         if set(part["mask"]) <= {selections.UNEDITED, selections.SHUFFLED}:  # nothing to compare it with
             continue
@@ -205,7 +208,7 @@ KINDS = (
          "the edited model left alone.", ("06_attacks",), "top1", ("mask", "access"), selections.worst, _worst),
     Kind("windows", "Fact lookup, or only depth?",
          "The lookup MLPs and all windows of neighbouring MLPs, from the first layers to the last. Chance: one of four options, or the commonest "
-         "answer.", ("06_attacks", "09_mechanism_or_depth"),
+         "answer. A worst case is missing where an edit was not attacked.", ("06_attacks", "09_mechanism_or_depth"),
          "top1", ("mask", "measure", "panel"), selections.windows, _windows),
     Kind("mask-ladder", "Weights deleted one by one",
          "Each way of choosing weights, at the same numbers of deletions. Chance: one of the relation's options.", ("07_weight_masks",), "probability",

@@ -38,18 +38,22 @@ def named(rows: pd.DataFrame) -> pd.DataFrame:
     """
     order = {name: place for place, name in enumerate(claims.load().masks)}
     rows = rows.sort_values("localization", key=lambda names: names.map(order).fillna(len(order)), kind="stable")
-    parts = rows["measure"].str.extract(r"(?P<name>.+?)(?: (?P<reading>probability|top1))?$")
-    mask = rows["localization"].replace("none", UNEDITED)
-    edited = rows[rows["localization"] != "none"]
-    masks = edited.groupby(["model", "facts", "method"])["localization"].nunique()
-    count = pd.Series(masks.reindex(pd.MultiIndex.from_frame(rows[["model", "facts", "method"]])).to_numpy(), rows.index)
-    alone = (count == 1) & ~rows["method"].str.startswith("weight mask")
-    kind = rows["method"].isin(UNLEARNING).map({False: "methods that edit", True: "methods that unlearn"})
-    several = rows[alone].groupby(["model", "facts", kind])["method"].nunique()
-    others = pd.Series(several.reindex(pd.MultiIndex.from_arrays([rows["model"], rows["facts"], kind])).to_numpy(), rows.index)
-    together = alone & (others > 1)
-    both = [method if method.endswith(f", {place}") else f"{method}, {place}" for method, place in zip(rows["method"], mask)]
-    return rows.assign(**parts, mask=mask.where(~together, both), about=rows["facts"], tried=rows["method"].where(~together, kind))
+    # there are a million values of a few hundred edits and measures
+    measures = pd.Series(rows["measure"].unique(), dtype=object)
+    parts = measures.str.extract(r"(?P<name>.+?)(?: (?P<reading>probability|top1))?$").set_index(measures)
+    edit = ["model", "facts", "method", "localization"]
+    made = rows[edit].drop_duplicates()
+    mask, method = made["localization"].replace("none", UNEDITED), made["method"]
+    edited = made["localization"].where(made["localization"] != "none")
+    count = edited.groupby([made["model"], made["facts"], method]).transform("nunique")
+    alone = (count == 1) & edited.notna() & ~method.str.startswith("weight mask")
+    kind = method.isin(UNLEARNING).map({False: "methods that edit", True: "methods that unlearn"})
+    several = method.where(alone).groupby([made["model"], made["facts"], kind]).transform("nunique")
+    together = alone & (several > 1)
+    both = [name if name.endswith(f", {place}") else f"{name}, {place}" for name, place in zip(method, mask)]
+    made = made.assign(mask=mask.where(~together, both), tried=method.where(~together, kind))
+    rows = rows.drop(columns=["mask", "tried"], errors="ignore").merge(made, on=edit, how="left")
+    return rows.assign(name=rows["measure"].map(parts["name"]), reading=rows["measure"].map(parts["reading"]), about=rows["facts"])
 
 
 def spider(rows: pd.DataFrame) -> pd.DataFrame:
