@@ -34,7 +34,7 @@ def line_panels(table: pd.DataFrame, x: str, hue: str, column: str, row: str | N
     dashes = {name: (0, DASHES[(i - 1) % len(DASHES)]) if i else "-" for i, name in enumerate(coloured)}
     width = min(3.3, WIDEST / len(columns))
     numeric = pd.api.types.is_numeric_dtype(table[x])
-    figure, axes = canvas(len(columns), len(rows), width=width, height=2.5, squeeze=False, sharey=True, sharex=numeric)
+    figure, axes = canvas(len(columns), len(rows), width=width, height=2.5 if len(rows) < 3 else 1.9, squeeze=False, sharey=True, sharex=numeric)
     for (i, j), ax in np.ndenumerate(axes):
         part = table[(table[column] == columns[j]) & (True if row is None else table[row] == rows[i])]
         ticks = list(dict.fromkeys(part[x]))

@@ -30,7 +30,7 @@ def spider(table: pd.DataFrame, hue: str = "mask", title: str = "") -> Figure:
     groups, coloured = list(table.groupby(hue, sort=False)), colours(table[hue])
     again = rounds(table[hue])
     columns = 2 if max(len(str(name)) for name, _ in groups) > 16 else 3
-    figure, ax = canvas(width=6.6, height=4.6 + 0.2 * -(-len(groups) // columns), subplot_kw={"projection": "polar"})
+    figure, ax = canvas(width=5.6, height=3.8 + 0.2 * -(-len(groups) // columns), subplot_kw={"projection": "polar"})
     for i, (name, rows) in enumerate(groups):
         rows = rows.set_index("measure").reindex(measures)
         shift = 0.02 * (i - (len(groups) - 1) / 2)  # so that intervals on one axis do not hide each other
@@ -41,13 +41,13 @@ def spider(table: pd.DataFrame, hue: str = "mask", title: str = "") -> Figure:
             ax.vlines(angles + shift, rows["low"].clip(0, 1), rows["high"].clip(0, 1), color=colour, linewidth=2, alpha=0.75)
     ax.set_theta_offset(np.pi / 2)
     ax.set_theta_direction(-1)
-    ax.set_xticks(angles, measures, fontsize=9)
+    ax.set_xticks(angles, measures, fontsize=8)
     for tick, angle in zip(ax.get_xticklabels(), angles):
         side = np.sin(angle)  # labels grow away from the circle
         tick.set_ha("center" if abs(side) < 0.1 else "left" if side > 0 else "right")
     ax.set_ylim(0, 1)
     ax.set_yticks([0.25, 0.5, 0.75, 1], ["", ".5", "", "1"], fontsize=8, color="0.4")
-    ax.set_title(title, pad=24)
+    ax.set_title(title, pad=20, fontsize=10)
     figure.legend(*ax.get_legend_handles_labels(), loc="outside lower center", ncols=columns, fontsize=8)
     return figure
 

@@ -187,8 +187,8 @@ def _windows(table: pd.DataFrame, title: str) -> Figure:
 KINDS = (
     Kind("spider", "What each edit does, by format",
          "Outwards is better on every axis: the new answer (in unlearning: the true answer gone), facts that should stay, and, where it was "
-         "attacked so, what relearning does not bring back.", ("04_localized_editing", "06_attacks"), "probability", ("mask", "measure"),
-         selections.spider, _spider),
+         "attacked so, what relearning does not bring back.", ("04_localized_editing", "05_localized_unlearning", "06_attacks", "08_baselines"), "probability",
+         ("mask", "measure"), selections.spider, _spider),
     Kind("prompting", "Asking in other words",
          "True answers after the edit, by way of asking. A low value for forgotten facts means little where that for retained facts is low, "
          "too: then the format is lost. Chance: the commonest answer, or one of four options.", ("06_attacks",), "probability",

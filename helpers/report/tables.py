@@ -178,7 +178,7 @@ def overview(rows: pd.DataFrame) -> pd.DataFrame:
     """One row a model, facts and method, masks of single weights together: how many masks, seeds, attacks and values."""
     by = rows[["model", "facts"]].assign(method=rows["method"].where(~rows["method"].str.startswith("weight mask"), "weight masks"))
     counts = {"masks": ("localization", "nunique"), "seeds": ("seed", "nunique"), "attacks": ("attack", "nunique"), "values": ("value", "size")}
-    return rows.drop(columns="method").join(by["method"]).groupby(["model", "facts", "method"]).agg(**counts)
+    return rows.drop(columns="method").join(by["method"]).groupby(["model", "facts", "method"], as_index=False).agg(**counts)
 
 
 def localizations(rows: pd.DataFrame) -> pd.DataFrame:

@@ -90,10 +90,10 @@ probabilities.</p>
 </td>
 {% for cell in entry.cells %}
 <td class="cell">
-{% if cell is string %}
-<span class="none">{{ cell }}</span>
+{% if cell is string or cell.state == 'not run' %}
+<span class="none">{{ cell if cell is string else cell.state }}</span>
 {% else %}
-<span class="{{ cell.verdict }}">{{ marks[cell.verdict] }} {{ cell.verdict }}</span> {{ cell.held }} of {{ cell.of }}{{ ', not run' if cell.state == 'not run' }}
+<span class="{{ cell.verdict }}">{{ marks[cell.verdict] }} {{ cell.verdict }}</span> {{ cell.held }} of {{ cell.of }}
 {% if cell.n_facts %}
 <br /><span class="number">{{ cell['mask'] }}{{ ' vs ' + cell.against if cell.against }}: {{ cell|estimate(signed=cell.against != '') }}</span>
 <br /><span class="small">holds if {{ cell|asked }}</span>
