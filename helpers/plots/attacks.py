@@ -24,13 +24,16 @@ def line_panels(table: pd.DataFrame, x: str, hue: str, column: str, row: str | N
                 chance: float | None = None, xlabel: str = "", ylabel: str = "", title: str = "") -> Figure:
     """`value` against `x`, one line a `hue`, one panel for each pair of `column` and `row`; columns of the table, in its order.
 
-    Lines of `muted`, controls and reference models, are grey and broken, without a band. Where `x` is text its values are put side by side.
-    Open markers where `collapsed`; a panel without rows says so.
+    Lines of `muted`, controls and reference models, are grey and broken, without a band. Where `x` is text its values are put side by side,
+    and at each of them the points of the lines, with error bars, so that equal ones do not hide each other. Points are open where
+    `collapsed`; a panel without rows says so.
     """
     if table.empty:
         return _nothing(title)
     columns, rows = (list(dict.fromkeys(table[name])) if name else [""] for name in (column, row))
     coloured = colours(h for h in table[hue] if h not in muted)
+    lines = list(dict.fromkeys(table[hue]))
+    step = min(0.12, 0.7 / len(lines))
     dashes = {name: (0, DASHES[(i - 1) % len(DASHES)]) if i else "-" for i, name in enumerate(coloured)}
     width = min(3.3, WIDEST / len(columns))
     numeric = pd.api.types.is_numeric_dtype(table[x])
@@ -39,9 +42,9 @@ def line_panels(table: pd.DataFrame, x: str, hue: str, column: str, row: str | N
         part = table[(table[column] == columns[j]) & (True if row is None else table[row] == rows[i])]
         ticks = list(dict.fromkeys(part[x]))
         for name, line in part.groupby(hue, sort=False):
-            where = line[x].astype(float) if numeric else line[x].map(ticks.index)
+            where = line[x].astype(float) if numeric else line[x].map(ticks.index) + (lines.index(name) - (len(lines) - 1) / 2) * step
             style = MUTED[muted.index(name) % len(MUTED)] if name in muted else {"color": coloured[str(name)], "linestyle": dashes[str(name)]}
-            _line(ax, where.to_numpy(), line, name, style, band=name not in muted)
+            _line(ax, where.to_numpy(), line, name, style, "" if name in muted else "band" if numeric else "bars")
         if part.empty:
             ax.text(0.5, 0.5, "not measured", transform=ax.transAxes, ha="center", va="center", fontsize=8, color="0.45")
         _levels(ax, chance, labelled=(i, j) == (0, 0))
@@ -85,15 +88,18 @@ def access_bars(table: pd.DataFrame, hue: str = "mask", chance: float | None = N
     return figure
 
 
-def _line(ax, where: np.ndarray, rows: pd.DataFrame, name: str, style: dict, band: bool) -> None:
+def _line(ax, where: np.ndarray, rows: pd.DataFrame, name: str, style: dict, interval: str) -> None:
     order = where.argsort(kind="stable")
     where, rows = where[order], rows.iloc[order]
-    lost = any_collapsed(rows)
-    ax.plot(where, rows["value"], marker="o", markersize=3, markerfacecolor="white" if lost else style["color"], linewidth=1.5,
-            label=named(name, lost), **style)
-    if band and "facts_low" in rows:
+    lost = rows["collapsed"].eq(True).to_numpy() if "collapsed" in rows else np.zeros(len(rows), bool)
+    ax.plot(where, rows["value"], marker="o", markersize=3, linewidth=1.5, label=named(name, any_collapsed(rows)), **style)
+    ax.scatter(where[lost], rows["value"][lost], s=20, facecolors="white", edgecolors=[style["color"]], zorder=3)
+    if interval and "facts_low" in rows:
         drawn = ends(rows.drop(columns=["low", "high"], errors="ignore").rename(columns={"facts_low": "low", "facts_high": "high"}), shares=True)
-        ax.fill_between(where, drawn["low"], drawn["high"], color=style["color"], alpha=0.13, linewidth=0)
+        if interval == "bars":
+            ax.vlines(where, drawn["low"], drawn["high"], color=style["color"], alpha=0.6, linewidth=1.2)
+        else:
+            ax.fill_between(where, drawn["low"], drawn["high"], color=style["color"], alpha=0.13, linewidth=0)
 
 
 def _levels(ax, chance: float | None, labelled: bool) -> None:

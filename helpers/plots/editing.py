@@ -1,7 +1,8 @@
 """Edits: the spider plot, estimates by format, and trade-offs between two measures.
 
 Every table is tidy, one estimate a row: columns `measure` (or as named), `value` and, where known, `low`, `high`; `mask` (or another
-hue), and `collapsed`. An edit that collapsed is drawn with an open marker or a dashed line, and says so in the legend.
+hue), and `collapsed`. An edit that collapsed is drawn with an open marker or a dashed line, and says so in the legend, as does one that
+broke formats for facts that should stay (column `broken`).
 """
 
 from __future__ import annotations
@@ -36,7 +37,7 @@ def spider(table: pd.DataFrame, hue: str = "mask", title: str = "") -> Figure:
         shift = 0.02 * (i - (len(groups) - 1) / 2)  # so that intervals on one axis do not hide each other
         values, collapsed, colour = rows["value"].clip(0, 1).to_numpy(), any_collapsed(rows), coloured[str(name)]
         ax.plot(np.append(angles, angles[0]), np.append(values, values[0]), color=colour, linewidth=1.5,
-                linestyle=LINES[collapsed][again[str(name)] % 2], label=named(name, collapsed))
+                linestyle=LINES[collapsed][again[str(name)] % 2], label=named(name, collapsed, rows))
         if "low" in rows:
             ax.vlines(angles + shift, rows["low"].clip(0, 1), rows["high"].clip(0, 1), color=colour, linewidth=2, alpha=0.75)
     ax.set_theta_offset(np.pi / 2)
@@ -53,23 +54,24 @@ def spider(table: pd.DataFrame, hue: str = "mask", title: str = "") -> Figure:
 
 
 def estimates(table: pd.DataFrame, row: str = "format", hue: str = "mask", xlabel: str = "", title: str = "", before: pd.Series | None = None,
-              chance: Mapping[str, float] | None = None) -> Figure:
+              chance: float | Mapping[str, float] | None = None) -> Figure:
     """Dots with intervals, one line a `row`, one colour (and marker, where colours run out) a `hue`.
 
-    By row: `before`, the unedited model, as a grey bar, and `chance`, a dotted one. Where all values are shares, there is a line at 1
+    By row: `before`, the unedited model, as a grey bar, and `chance` (or one for all rows), a dotted one. Where all values are shares, there is a line at 1
     and intervals are drawn no further than 0 and 1.
     """
     rows, groups = list(dict.fromkeys(table[row])), list(table.groupby(hue, sort=False))
     coloured, again, shares = colours(table[hue]), rounds(table[hue]), bool(table["value"].dropna().between(0, 1).all())
     figure, ax = canvas(width=6.8, height=0.8 + len(rows) * max(0.32, 0.13 * len(groups)))
     places = np.arange(len(rows))
+    chance = dict.fromkeys(rows, chance) if isinstance(chance, float) else chance
     for i, (name, part) in enumerate(groups):
         part, colour = part.set_index(row).reindex(rows), coloured[str(name)]
         where, collapsed = places + 0.7 * ((i + 0.5) / len(groups) - 0.5), any_collapsed(part)
         if "low" in part:
             ax.hlines(where, *ends(part, shares).to_numpy().T, color=colour, linewidth=1.6, alpha=0.7)
         ax.plot(part["value"], where, MARKERS[again[str(name)] % len(MARKERS)], markersize=5, color=colour,
-                markerfacecolor="white" if collapsed else colour, label=named(name, collapsed))
+                markerfacecolor="white" if collapsed else colour, label=named(name, collapsed, part))
     for levels, style in ((before, {"color": "0.55", "linewidth": 2, "label": "before"}),
                           (chance, {"color": "black", "linewidth": 1.2, "linestyle": ":", "label": "chance"})):
         if levels is not None:
@@ -105,7 +107,7 @@ def tradeoff(table: pd.DataFrame, x: str, y: str, hue: str = "mask", labels: tup
             ax.hlines(rows[y], rows["x_low"], rows["x_high"], color=colour, linewidth=1.2, alpha=0.6)
         faces = ["white" if lost else colour for lost in collapsed]
         ax.scatter(rows[x], rows[y], s=28, edgecolors=[colour], facecolors=faces, zorder=3)
-        ax.plot([], [], "o", color=colour, markerfacecolor="white" if collapsed.all() else colour, label=named(name, collapsed.all()))
+        ax.plot([], [], "o", color=colour, markerfacecolor="white" if collapsed.all() else colour, label=named(name, collapsed.all(), rows))
         if chosen:
             ax.scatter(rows.loc[rows[chosen], x], rows.loc[rows[chosen], y], s=130, facecolors="none", edgecolors=[colour], linewidths=1.4, zorder=3)
     if diagonal:

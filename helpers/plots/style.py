@@ -16,6 +16,14 @@ PLACES = {"lookup": 0, "causal tracing": 1, "everything": 2, "attribution": 3, "
           "random": 7, "random MLPs": 5}
 MARKERS = "osD^"  # of the names that share a colour
 MARKS = (" †", " = ")  # what a report puts behind the name of a place: the edit did not take, other names of the same edit
+# positions of a prompt have one name and one colour in every figure, whatever a table calls them
+POSITIONS = {"name": "name's last token", "subject last": "name's last token", "last": "last position", "subject": "whole name",
+             "subject first": "name's first token", "subject middle": "name's middle tokens",
+             "name, shuffled labels": "name's last token, shuffled labels", "later": "later tokens",
+             **{f"after subject {k}": f"token {k} after the name" for k in range(1, 10)}}
+POSITION_COLOURS = {"name's last token": 0, "last position": 1, "whole name": 2, "name's last token, shuffled labels": 7}
+# how the layers of the residual stream are counted
+STREAM = "layer (0 = embeddings, l + 1 = after block l)"
 DIVERGING = "PuOr"
 SEQUENTIAL = "Blues"
 STYLE = {
@@ -39,9 +47,10 @@ def rounds(names: Iterable[str]) -> dict[str, int]:
     return {name: list(coloured.values())[:place].count(colour) for place, (name, colour) in enumerate(coloured.items())}
 
 
-def named(name, collapsed: bool) -> str:
-    """A name as legends have it."""
-    return str(name).replace(" = ", "\n= ") + (" (collapsed)" if collapsed else "")
+def named(name, collapsed: bool, rows: pd.DataFrame | None = None) -> str:
+    """A name as legends have it, with what the edit broke where `rows` have a column `broken` that says so."""
+    broken = next((text for text in rows["broken"].dropna() if text), "") if rows is not None and "broken" in rows else ""
+    return str(name).replace(" = ", "\n= ") + " (collapsed)" * bool(collapsed) + f"\nbroke {broken}" * bool(broken)
 
 
 def any_collapsed(rows: pd.DataFrame) -> bool:
@@ -57,6 +66,12 @@ def lengths(values: pd.Series, rows: pd.DataFrame) -> list[pd.Series]:
     """How far the intervals of shares reach below and above their values."""
     drawn = ends(rows, shares=True)
     return [(values - drawn["low"]).clip(lower=0), (drawn["high"] - values).clip(lower=0)]
+
+
+def position(name: str, number: int = 0) -> tuple[str, tuple[float, float, float]]:
+    """The name of a position in figures and its colour; any other name is left, with the colour of its number."""
+    label = POSITIONS.get(name, name)
+    return label, PALETTE[POSITION_COLOURS.get(label, number) % len(PALETTE)]
 
 
 def canvas(n_cols: int = 1, n_rows: int = 1, width: float = 4.6, height: float = 3.2, **options):
