@@ -133,6 +133,7 @@ def _table(sources: Sequence[Path | str], notebooks: Path | None, columns: Itera
         # in the end without those that always start anew
         found, failure = _listed(places) if attempt < LISTINGS else still, None
         with duckdb.connect() as connection:
+            connection.execute("SET enable_progress_bar = false")  # a notebook would keep it
             try:
                 rows = _everything(connection, found, notebooks)
                 for column, wanted in where.items():

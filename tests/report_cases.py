@@ -9,12 +9,13 @@ import pandas as pd
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from helpers import provenance, results, store
+from helpers import claims, provenance, results, store
 from helpers.attacks.headline import SPOKEN
 from helpers.facts import load
 
 FACTS, NOTEBOOK = "athletes first-64", "06_attacks"
 NAMES = [f"{fact.subject} | sport" for fact in load("athletes")[:12]]
+KEPT = ("mcq-unlocalized", "worst-case", "text-loss", "dissociation-mcq")
 EVALUATED = ["edit", "forget", "mcq_edit", "mcq_forget", "mcq_retain", "retain", "paraphrase_edit", "paraphrase_forget"]
 RELEARN = "all facts, lr 0.002, step {} of 20, one_shot"
 SOFT = "10 vectors, restart 0, step {} of 60, one_shot"
@@ -40,7 +41,7 @@ def edit(mask: str, *, model: str = "tiny-llama3", method: str = "finetune", fac
     for seed in range(seeds):
         for measure in EVALUATED:
             kept = measure.endswith("retain")
-            good = 0.95 if kept else 0.6 + shift if measure.endswith("edit") else 0.3 - shift
+            good = 1.0 if measure == "edit" else 0.95 if kept else 0.6 + shift if measure.endswith("edit") else 0.3 - shift  # every edit takes
             add("none", "", measure, good if mask != "none" or kept else 0.02 if measure.endswith("edit") else 0.95, seed)
         found.append(pd.DataFrame({**own, "seed": seed, "run": f"{mask} {method} {seed}", "attack": "none", "setting": "", "fact": [""],
                                    "measure": "text_loss", "value": [2.0 + 0.01 * rng.random()]}))
@@ -72,6 +73,18 @@ def _attacks(add, seed: int, shift: float) -> None:
     for access, mean in {"answers": 0.4, "training": 0.7, SPOKEN: 0.75}.items():
         add(f"worst: {access}", "relearn lora: " + RELEARN.format(20), "forget", mean - shift, seed, names=half)
     add("worst", "probe: last, layer 3", "forget", 0.9, seed, names=half)
+
+
+def four_edits() -> pd.DataFrame:
+    """The unedited model and three masks, all attacked."""
+    parts = {"none": 0.0, "lookup": 0.3, "all MLPs": 0.0, "everything": -0.1}
+    return pd.concat([edit(mask, shift=shift, layers="1 2" if mask == "lookup" else "") for mask, shift in parts.items()], ignore_index=True)
+
+
+def few_claims() -> claims.Claims:
+    """The file as if a few claims were all that it declares: statistics of all take a minute."""
+    everything = claims.load()
+    return everything.model_copy(update={"claims": [claim for claim in everything.claims if claim.id in KEPT]})
 
 
 def rungs() -> pd.DataFrame:

@@ -57,3 +57,36 @@ def test_a_tradeoff_takes_two_measures_with_their_intervals_or_two_columns():
     assert joined.get_xdata().tolist() == [0.2, 0.1]
     ringed = [part.get_offsets().tolist() for part in ax.collections if part.get_sizes().tolist() == [130]]
     assert [[0.1, 0.3]] in ringed
+
+
+def test_intervals_of_shares_stop_at_0_and_1_and_rows_have_their_own_chance():
+    wide = TABLE.assign(low=-0.5, high=1.5)
+    ax = plots.estimates(wide, chance={"x": 0.25, "z": 0.4}).axes[0]
+    segments = [segment.tolist() for part in ax.collections for segment in part.get_segments() if len(segment)]
+    across = [segment for segment in segments if segment[0][1] == segment[1][1]]
+    assert len(across) == 6 and {x for segment in across for x, _ in segment} == {0.0, 1.0}
+    upright = [segment for segment in segments if segment[0][0] == segment[1][0]]
+    assert {(x, round(low + 0.42)) for (x, low), (_, high) in upright if high - low < 1} == {(0.25, 0), (0.4, 2)}
+    assert any(x == 1 and high - low == 3 for (x, low), (_, high) in upright) and "chance" in labels(ax)
+    beyond = plots.estimates(wide.assign(value=3 * wide["value"])).axes[0]
+    assert {x for part in beyond.collections for segment in part.get_segments() for x, _ in segment} == {-0.5, 1.5}
+
+
+def test_names_that_share_a_colour_differ_in_marker_and_dash():
+    many = pd.concat([TABLE[TABLE["mask"] == "a"].assign(mask=f"mask {i}") for i in range(14)])
+    for figure in (plots.estimates(many), plots.spider(many)):
+        looks = {(line.get_color(), line.get_marker(), line.get_linestyle()) for line in figure.axes[0].lines}
+        assert len(looks) == 14
+
+
+def test_bars_by_format_have_intervals_chance_levels_and_hatches():
+    bars = pd.DataFrame([{"format": format, "group": group, "accuracy": 0.9, "low": 0.7, "high": 1.2, "broken": "lost" if group == "b" else ""}
+                         for format in ("cloze", "MCQ") for group in ("a", "b")])
+    ax = plots.format_bars(bars, chance={"MCQ": 0.25}).axes[0]
+    whole, broken = (container.patches for container in ax.containers if len(getattr(container, "patches", ())) == 2)
+    assert {bar.get_hatch() for bar in whole} == {None} and {bar.get_hatch() for bar in broken} == {"////"}
+    segments = [segment for part in ax.collections for segment in part.get_segments() if len(segment)]
+    assert max(segment[:, 0].max() for segment in segments) == 1.0 and [0.25, 0.25] in [segment[:, 0].tolist() for segment in segments]
+    assert set(labels(ax)) == {"chance", "a", "b", "broken for retained facts"}
+    old = plots.format_bars(bars[["format", "group", "accuracy"]], 0.4, 0.9).axes[0]
+    assert [line.get_xdata()[0] for line in old.lines] == [0.4, 0.9] and labels(old) == ["a", "b"]

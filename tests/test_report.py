@@ -11,27 +11,20 @@ import pandas as pd
 import pytest
 import report_cases as cases
 
-from helpers import claims, facts, plots, stats, store
+from helpers import claims, facts, stats, store
 from helpers.attacks.headline import SPOKEN
 from helpers.report import figures, page, selections, tables
 from helpers.report import rows as material
 from helpers.report.__main__ import main
 
-KEPT = ("mcq-unlocalized", "worst-case", "text-loss", "dissociation-mcq")
-
-
 @pytest.fixture(scope="module")
 def declared():
-    """The file as if a few claims were all that it declares: statistics of all take a minute."""
-    everything = claims.load()
-    return everything.model_copy(update={"claims": [claim for claim in everything.claims if claim.id in KEPT]})
+    return cases.few_claims()
 
 
 @pytest.fixture(scope="module")
 def rows():
-    parts = {"none": 0.0, "lookup": 0.3, "all MLPs": 0.0, "everything": -0.1}
-    made = [cases.edit(mask, shift=shift, layers="1 2" if mask == "lookup" else "") for mask, shift in parts.items()]
-    return pd.concat(made, ignore_index=True)
+    return cases.four_edits()
 
 
 @pytest.fixture(scope="module")
@@ -133,9 +126,12 @@ def test_every_figure_is_drawn_from_rows_that_allow_it_and_asks_for_the_others(c
 def test_a_figure_without_rows_says_what_brings_them(tree, tmp_path):
     kinds = {kind.name: kind for kind in figures.KINDS}
     asked = page.command_of(kinds["spider"]).split(" && ")
-    assert asked == [f"python -m helpers.sweep sweeps/{name}.yaml" for name in ("attacks", "editing", "reference")]
+    assert asked == [f"python -m helpers.sweep sweeps/{name}.yaml" for name in ("ablations", "attacks", "editing", "reference", "unlearning")]
     (tmp_path / "mine.yaml").write_text("- notebook: 07_weight_masks\n")
     assert page.command_of(kinds["mask-ladder"], tmp_path) == "python -m helpers.sweep sweeps/mine.yaml"
+    packs = pd.DataFrame({"source": ["data/results/editing.parquet"], "notebook": ["04_localized_editing"]})
+    assert page.command_of(kinds["spider"], packs=packs) == "python -m helpers.sweep sweeps/editing.yaml"
+    assert page.command_of(kinds["spider"], packs=packs.assign(source="n.parquet")) == "python -m helpers.notebooks run 04 05 06 08 --profile standard"
     assert page.command_of(kinds["scaling"], tmp_path) == "python -m helpers.notebooks run 11 --profile standard"
     assert f"No rows for this figure yet. They come from {page.command_of(kinds['mask-ladder'])}" in said(tree)
 
@@ -194,7 +190,10 @@ def test_where_localizations_look_is_a_mean_over_seeds_and_says_which_chose_the_
     assert table.loc["fact lookup", "same"] == 3 and table.loc["random", "knock-out area"] == pytest.approx(0.3)
     tree = ElementTree.fromstring(page.render(collected, declared, "a day", "a command").removeprefix("<!DOCTYPE html>"))
     shown = [[said(cell) for cell in row.iter("td")] for row in tree.find(".//table[@id='localizations']").iter("tr")][1:]
-    assert ["tiny-llama3", "athletes, 96 facts", "causal tracing", "0.25", "0.60", "0.90", "0.05", "attn 6, mlp 8", "2 of 3"] in shown
+    assert ["tiny-llama3", "athletes, 96 facts", "causal tracing"] in [row[:3] for row in shown]
+    row = next(row for row in shown if row[2] == "causal tracing")
+    assert [cell.split()[0] for cell in row[3:7]] == ["0.25", "0.60", "0.90", "0.05"] and row[7:] == ["attn 6, mlp 8", "2 of 3"]
+    assert 0.6 - table.loc["causal tracing", "extraction share_low"] > 0 and f"[{table.loc['causal tracing', 'extraction share_low']:.2f}," in row[4]
     assert tables.leaderboard(collected.rows).equals(tables.leaderboard(rows))  # and no other table takes these rows for edits
 
 
@@ -242,16 +241,6 @@ def test_the_page_is_well_formed_and_loads_nothing(tree, text):
 
 def test_the_same_rows_give_the_same_bytes_apart_from_the_date(collected, declared, text):
     assert page.render(collected, declared, "another day", "a command") == text.replace("Made a day", "Made another day")
-
-
-def test_bars_are_as_high_as_the_table_says_with_their_chance_level():
-    table = pd.DataFrame([{"asked": asked, "mask": mask, "group": group, "value": value, "low": value - 0.1, "high": value + 0.1}
-                          for asked, value in (("MCQ", 0.4), ("QA", 0.6)) for mask in ("a", "b") for group in ("forgotten", "retained")])
-    figure = plots.bar_panels(table.assign(chance=0.25), "asked", "mask", "group")
-    assert [ax.get_title() for ax in figure.axes] == ["forgotten", "retained"]
-    for ax in figure.axes:
-        assert sorted(round(bar.get_height(), 6) for bar in ax.patches) == [0.4, 0.4, 0.6, 0.6]
-        assert any(segment[0][1] == 0.25 for collection in ax.collections for segment in collection.get_segments())
 
 
 def test_the_command_line_says_what_is_wrong(tmp_path, capsys):

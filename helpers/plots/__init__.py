@@ -4,7 +4,7 @@ Every function takes a tidy table; chance level and ceiling are drawn where accu
 """
 
 from helpers.plots.attacks import access_bars, line_panels
-from helpers.plots.bars import bar_panels
+from helpers.plots.dots import dot_panels
 from helpers.plots.editing import estimates, spider, tradeoff
 from helpers.plots.explanations import slope_forest, start_layers
 from helpers.plots.ladder import ladder, norm_growth
@@ -27,11 +27,11 @@ __all__ = [
     "STREAM",
     "access_bars",
     "agreement_map",
-    "bar_panels",
     "canvas",
     "chosen_map",
     "circuit",
     "cost_lines",
+    "dot_panels",
     "estimates",
     "faithfulness_lines",
     "format_bars",

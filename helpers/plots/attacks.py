@@ -13,32 +13,40 @@ import numpy as np
 import pandas as pd
 from matplotlib.figure import Figure
 
-from helpers.plots.style import STYLE, canvas, colours
+from helpers.plots.style import STYLE, any_collapsed, canvas, colours, ends, lengths, named
 
 WIDEST = 17  # inches
 MUTED = ({"linestyle": "--", "color": "0.25"}, {"linestyle": ":", "color": "0.25"}, {"linestyle": "-.", "color": "0.55"})
+DASHES = ((5, 1.5), (2, 1), (8, 1.5, 2, 1.5), (4, 1, 1, 1))  # after the first line, in turn: one shows through another that lies on it
 
 
 def line_panels(table: pd.DataFrame, x: str, hue: str, column: str, row: str | None = None, muted: Sequence[str] = (),
                 chance: float | None = None, xlabel: str = "", ylabel: str = "", title: str = "") -> Figure:
     """`value` against `x`, one line a `hue`, one panel for each pair of `column` and `row`; columns of the table, in its order.
 
-    Lines of `muted`, controls and reference models, are grey and broken, without a band. Where `x` is text its values are put side by side.
+    Lines of `muted`, controls and reference models, are grey and broken, without a band. Where `x` is text its values are put side by side,
+    and at each of them the points of the lines, with error bars, so that equal ones do not hide each other. Points are open where
+    `collapsed`; a panel without rows says so.
     """
     if table.empty:
         return _nothing(title)
     columns, rows = (list(dict.fromkeys(table[name])) if name else [""] for name in (column, row))
     coloured = colours(h for h in table[hue] if h not in muted)
+    lines = list(dict.fromkeys(table[hue]))
+    step = min(0.12, 0.7 / len(lines))
+    dashes = {name: (0, DASHES[(i - 1) % len(DASHES)]) if i else "-" for i, name in enumerate(coloured)}
     width = min(3.3, WIDEST / len(columns))
     numeric = pd.api.types.is_numeric_dtype(table[x])
-    figure, axes = canvas(len(columns), len(rows), width=width, height=2.5, squeeze=False, sharey=True, sharex=numeric)
+    figure, axes = canvas(len(columns), len(rows), width=width, height=2.5 if len(rows) < 3 else 1.9, squeeze=False, sharey=True, sharex=numeric)
     for (i, j), ax in np.ndenumerate(axes):
         part = table[(table[column] == columns[j]) & (True if row is None else table[row] == rows[i])]
         ticks = list(dict.fromkeys(part[x]))
         for name, line in part.groupby(hue, sort=False):
-            where = line[x].astype(float) if numeric else line[x].map(ticks.index)
-            style = MUTED[muted.index(name) % len(MUTED)] if name in muted else {"color": coloured[str(name)]}
-            _line(ax, where.to_numpy(), line, name, style, band=name not in muted)
+            where = line[x].astype(float) if numeric else line[x].map(ticks.index) + (lines.index(name) - (len(lines) - 1) / 2) * step
+            style = MUTED[muted.index(name) % len(MUTED)] if name in muted else {"color": coloured[str(name)], "linestyle": dashes[str(name)]}
+            _line(ax, where.to_numpy(), line, name, style, "" if name in muted else "band" if numeric else "bars")
+        if part.empty:
+            ax.text(0.5, 0.5, "not measured", transform=ax.transAxes, ha="center", va="center", fontsize=8, color="0.45")
         _levels(ax, chance, labelled=(i, j) == (0, 0))
         if not numeric:
             ax.set_xticks(range(len(ticks)), ticks, rotation=30, ha="right", fontsize=8)
@@ -47,8 +55,8 @@ def line_panels(table: pd.DataFrame, x: str, hue: str, column: str, row: str | N
         if j == len(columns) - 1 and row is not None:
             label = textwrap.fill(str(rows[i]), 22)
             ax.annotate(label, (1.02, 0.5), xycoords="axes fraction", rotation=-90, ha="left", va="center", fontsize=8)
-    named = {label: handle for ax in axes.flat for handle, label in zip(*ax.get_legend_handles_labels())}
-    figure.legend(named.values(), named.keys(), loc="outside right center", fontsize=8, frameon=False)
+    found = {label: handle for ax in axes.flat for handle, label in zip(*ax.get_legend_handles_labels())}
+    figure.legend(found.values(), found.keys(), loc="outside right center", fontsize=8, frameon=False)
     figure.supxlabel(xlabel, fontsize=9)
     figure.suptitle(title, x=0.01, ha="left", fontsize=STYLE["axes.titlesize"])
     return figure
@@ -57,7 +65,7 @@ def line_panels(table: pd.DataFrame, x: str, hue: str, column: str, row: str | N
 def access_bars(table: pd.DataFrame, hue: str = "mask", chance: float | None = None, title: str = "") -> Figure:
     """The worst case as bars with intervals, one group an `access`, one colour a `hue`, from rows of `attacks.by_access`.
 
-    A short line in each bar is the edited model left alone (`untouched`).
+    A short line in each bar is the edited model left alone (`untouched`). Bars of what `collapsed` are hatched.
     """
     if table.empty:
         return _nothing(title)
@@ -67,9 +75,9 @@ def access_bars(table: pd.DataFrame, hue: str = "mask", chance: float | None = N
     for i, name in enumerate(names):
         rows = table[table[hue] == name].set_index("access").reindex(levels)
         where = np.arange(len(levels)) + (i - (len(names) - 1) / 2) * thickness
-        errors = [(rows["recovered"] - rows["low"]).clip(lower=0), (rows["high"] - rows["recovered"]).clip(lower=0)]
-        ax.bar(where, rows["recovered"], width=0.92 * thickness, color=coloured[str(name)], label=str(name), alpha=0.85,
-               yerr=errors, error_kw={"elinewidth": 1, "ecolor": "0.25"})
+        lost = any_collapsed(rows)
+        ax.bar(where, rows["recovered"], width=0.92 * thickness, color=coloured[str(name)], label=named(name, lost), alpha=0.85,
+               hatch="////" if lost else None, yerr=lengths(rows["recovered"], rows), error_kw={"elinewidth": 1, "ecolor": "0.25"})
         ax.hlines(rows["untouched"], where - 0.46 * thickness, where + 0.46 * thickness, color="black", linewidth=1.8,
                   label="left alone" if i == len(names) - 1 else None)
     _levels(ax, chance, labelled=True)
@@ -80,12 +88,18 @@ def access_bars(table: pd.DataFrame, hue: str = "mask", chance: float | None = N
     return figure
 
 
-def _line(ax, where: np.ndarray, rows: pd.DataFrame, name: str, style: dict, band: bool) -> None:
+def _line(ax, where: np.ndarray, rows: pd.DataFrame, name: str, style: dict, interval: str) -> None:
     order = where.argsort(kind="stable")
     where, rows = where[order], rows.iloc[order]
-    ax.plot(where, rows["value"], marker="o", markersize=3, linewidth=1.5, label=str(name), **style)
-    if band and "facts_low" in rows:
-        ax.fill_between(where, rows["facts_low"], rows["facts_high"], color=style["color"], alpha=0.13, linewidth=0)
+    lost = rows["collapsed"].eq(True).to_numpy() if "collapsed" in rows else np.zeros(len(rows), bool)
+    ax.plot(where, rows["value"], marker="o", markersize=3, linewidth=1.5, label=named(name, any_collapsed(rows)), **style)
+    ax.scatter(where[lost], rows["value"][lost], s=20, facecolors="white", edgecolors=[style["color"]], zorder=3)
+    if interval and "facts_low" in rows:
+        drawn = ends(rows.drop(columns=["low", "high"], errors="ignore").rename(columns={"facts_low": "low", "facts_high": "high"}), shares=True)
+        if interval == "bars":
+            ax.vlines(where, drawn["low"], drawn["high"], color=style["color"], alpha=0.6, linewidth=1.2)
+        else:
+            ax.fill_between(where, drawn["low"], drawn["high"], color=style["color"], alpha=0.13, linewidth=0)
 
 
 def _levels(ax, chance: float | None, labelled: bool) -> None:

@@ -1,18 +1,22 @@
 """Edits: the spider plot, estimates by format, and trade-offs between two measures.
 
 Every table is tidy, one estimate a row: columns `measure` (or as named), `value` and, where known, `low`, `high`; `mask` (or another
-hue), and `collapsed`. An edit that collapsed is drawn with an open marker or a dashed line, and says so in the legend.
+hue), and `collapsed`. An edit that collapsed is drawn with an open marker or a dashed line, and says so in the legend, as does one that
+broke formats for facts that should stay (column `broken`).
 """
 
 from __future__ import annotations
+
+from collections.abc import Mapping
 
 import numpy as np
 import pandas as pd
 from matplotlib.figure import Figure
 
-from helpers.plots.style import canvas, colours
+from helpers.plots.style import MARKERS, any_collapsed, canvas, colours, ends, named, rounds
 
 OUTSIDE = {"loc": "upper left", "bbox_to_anchor": (1.01, 1), "fontsize": 8}
+LINES = {False: ("-", "-."), True: ("--", ":")}  # by collapsed, of the names that share a colour
 
 
 def spider(table: pd.DataFrame, hue: str = "mask", title: str = "") -> Figure:
@@ -25,43 +29,58 @@ def spider(table: pd.DataFrame, hue: str = "mask", title: str = "") -> Figure:
         raise ValueError(f"a spider plot needs three measures or more, not {', '.join(measures) or 'none'}")
     angles = np.linspace(0, 2 * np.pi, len(measures), endpoint=False)
     groups, coloured = list(table.groupby(hue, sort=False)), colours(table[hue])
+    again = rounds(table[hue])
     columns = 2 if max(len(str(name)) for name, _ in groups) > 16 else 3
-    figure, ax = canvas(width=6.6, height=4.6 + 0.2 * -(-len(groups) // columns), subplot_kw={"projection": "polar"})
+    figure, ax = canvas(width=5.6, height=3.8 + 0.2 * -(-len(groups) // columns), subplot_kw={"projection": "polar"})
     for i, (name, rows) in enumerate(groups):
         rows = rows.set_index("measure").reindex(measures)
         shift = 0.02 * (i - (len(groups) - 1) / 2)  # so that intervals on one axis do not hide each other
-        values, collapsed, colour = rows["value"].clip(0, 1).to_numpy(), _collapsed(rows), coloured[str(name)]
-        ax.plot(np.append(angles, angles[0]), np.append(values, values[0]), color=colour, linewidth=1.5, linestyle="--" if collapsed else "-",
-                label=_label(name, collapsed))
+        values, collapsed, colour = rows["value"].clip(0, 1).to_numpy(), any_collapsed(rows), coloured[str(name)]
+        ax.plot(np.append(angles, angles[0]), np.append(values, values[0]), color=colour, linewidth=1.5,
+                linestyle=LINES[collapsed][again[str(name)] % 2], label=named(name, collapsed, rows))
         if "low" in rows:
             ax.vlines(angles + shift, rows["low"].clip(0, 1), rows["high"].clip(0, 1), color=colour, linewidth=2, alpha=0.75)
     ax.set_theta_offset(np.pi / 2)
     ax.set_theta_direction(-1)
-    ax.set_xticks(angles, measures, fontsize=9)
+    ax.set_xticks(angles, measures, fontsize=8)
     for tick, angle in zip(ax.get_xticklabels(), angles):
         side = np.sin(angle)  # labels grow away from the circle
         tick.set_ha("center" if abs(side) < 0.1 else "left" if side > 0 else "right")
     ax.set_ylim(0, 1)
     ax.set_yticks([0.25, 0.5, 0.75, 1], ["", ".5", "", "1"], fontsize=8, color="0.4")
-    ax.set_title(title, pad=24)
+    ax.set_title(title, pad=20, fontsize=10)
     figure.legend(*ax.get_legend_handles_labels(), loc="outside lower center", ncols=columns, fontsize=8)
     return figure
 
 
-def estimates(table: pd.DataFrame, row: str = "format", hue: str = "mask", xlabel: str = "", title: str = "", before: pd.Series | None = None) -> Figure:
-    """Dots with intervals, one line a `row`, one colour a `hue`. `before` (by row): the unedited model, as a grey bar."""
-    rows, groups, coloured = list(dict.fromkeys(table[row])), list(table.groupby(hue, sort=False)), colours(table[hue])
+def estimates(table: pd.DataFrame, row: str = "format", hue: str = "mask", xlabel: str = "", title: str = "", before: pd.Series | None = None,
+              chance: float | Mapping[str, float] | None = None) -> Figure:
+    """Dots with intervals, one line a `row`, one colour (and marker, where colours run out) a `hue`.
+
+    By row: `before`, the unedited model, as a grey bar, and `chance` (or one for all rows), a dotted one. Where all values are shares, there is a line at 1
+    and intervals are drawn no further than 0 and 1.
+    """
+    rows, groups = list(dict.fromkeys(table[row])), list(table.groupby(hue, sort=False))
+    coloured, again, shares = colours(table[hue]), rounds(table[hue]), bool(table["value"].dropna().between(0, 1).all())
     figure, ax = canvas(width=6.8, height=0.8 + len(rows) * max(0.32, 0.13 * len(groups)))
+    places = np.arange(len(rows))
+    chance = dict.fromkeys(rows, chance) if isinstance(chance, float) else chance
     for i, (name, part) in enumerate(groups):
         part, colour = part.set_index(row).reindex(rows), coloured[str(name)]
-        where, collapsed = np.arange(len(rows)) + 0.7 * ((i + 0.5) / len(groups) - 0.5), _collapsed(part)
+        where, collapsed = places + 0.7 * ((i + 0.5) / len(groups) - 0.5), any_collapsed(part)
         if "low" in part:
-            ax.hlines(where, part["low"], part["high"], color=colour, linewidth=1.6, alpha=0.7)
-        ax.plot(part["value"], where, "o", markersize=5, color=colour, markerfacecolor="white" if collapsed else colour, label=_label(name, collapsed))
-    if before is not None:
-        ax.vlines(before.reindex(rows), np.arange(len(rows)) - 0.42, np.arange(len(rows)) + 0.42, color="0.55", linewidth=2, label="before")
-    ax.set_yticks(range(len(rows)), rows)
-    ax.set(xlim=(-0.02, 1.02), ylim=(len(rows) - 0.5, -0.5), xlabel=xlabel, title=title)
+            ax.hlines(where, *ends(part, shares).to_numpy().T, color=colour, linewidth=1.6, alpha=0.7)
+        ax.plot(part["value"], where, MARKERS[again[str(name)] % len(MARKERS)], markersize=5, color=colour,
+                markerfacecolor="white" if collapsed else colour, label=named(name, collapsed, part))
+    for levels, style in ((before, {"color": "0.55", "linewidth": 2, "label": "before"}),
+                          (chance, {"color": "black", "linewidth": 1.2, "linestyle": ":", "label": "chance"})):
+        if levels is not None:
+            ax.vlines([levels.get(name, np.nan) for name in rows], places - 0.42, places + 0.42, **style)
+    if shares:
+        ax.vlines(1, -0.5, len(rows) - 0.5, color="0.45", linestyle=":", linewidth=0.8)
+        ax.set_xlim(-0.02, 1.02)
+    ax.set_yticks(places, rows)
+    ax.set(ylim=(len(rows) - 0.5, -0.5), xlabel=xlabel, title=title)
     ax.grid(axis="y", visible=False)
     ax.legend(**OUTSIDE)
     return figure
@@ -88,7 +107,7 @@ def tradeoff(table: pd.DataFrame, x: str, y: str, hue: str = "mask", labels: tup
             ax.hlines(rows[y], rows["x_low"], rows["x_high"], color=colour, linewidth=1.2, alpha=0.6)
         faces = ["white" if lost else colour for lost in collapsed]
         ax.scatter(rows[x], rows[y], s=28, edgecolors=[colour], facecolors=faces, zorder=3)
-        ax.plot([], [], "o", color=colour, markerfacecolor="white" if collapsed.all() else colour, label=_label(name, collapsed.all()))
+        ax.plot([], [], "o", color=colour, markerfacecolor="white" if collapsed.all() else colour, label=named(name, collapsed.all(), rows))
         if chosen:
             ax.scatter(rows.loc[rows[chosen], x], rows.loc[rows[chosen], y], s=130, facecolors="none", edgecolors=[colour], linewidths=1.4, zorder=3)
     if diagonal:
@@ -105,11 +124,3 @@ def _side_by_side(table: pd.DataFrame, x: str, y: str, hue: str) -> pd.DataFrame
     of = lambda measure: table[table["measure"] == measure].drop(columns="measure")
     one = of(x)[[hue, "value", "low", "high"]].rename(columns={"value": x, "low": "x_low", "high": "x_high"})
     return of(y).rename(columns={"value": y}).merge(one, on=hue)
-
-
-def _collapsed(rows: pd.DataFrame) -> bool:
-    return "collapsed" in rows and bool(rows["collapsed"].fillna(False).any())
-
-
-def _label(name, collapsed: bool) -> str:
-    return f"{name} (collapsed)" if collapsed else str(name)

@@ -9,7 +9,7 @@ import pandas as pd
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, NullFormatter, NullLocator
 
-from helpers.plots.style import PALETTE, STYLE, canvas
+from helpers.plots.style import PALETTE, STYLE, canvas, ends
 
 COLOURS = [*PALETTE[:7], *PALETTE[8:]]  # without the grey one, which controls have
 MUTED = ("--", ":", "-.")
@@ -33,7 +33,7 @@ def ladder(table: pd.DataFrame, hue: str = "mask", column: str = "measure", x: s
             ax.plot(line[x], line["value"], color=colour, linestyle=MUTED[muted.index(name) % len(MUTED)] if name in muted else "-", linewidth=1.5, label=str(name))
             ax.scatter(line[x], line["value"], s=22, edgecolors=[colour], facecolors=["white" if c else colour for c in lost], zorder=3)
             if "low" in line:
-                ax.fill_between(line[x], line["low"], line["high"], color=colour, alpha=0.12, linewidth=0)
+                ax.fill_between(line[x], *ends(line, shares=True).to_numpy().T, color=colour, alpha=0.12, linewidth=0)
         for levels, style in ((before, {"color": "0.55"}), (chance, {"color": "0.45", "linestyle": ":"})):
             if levels and panel in levels:
                 ax.axhline(levels[panel], linewidth=1.2, zorder=1, label="nothing deleted" if levels is before else "chance", **style)

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import numpy as np
 import pandas as pd
 from matplotlib.figure import Figure
 
-from helpers.plots.style import PALETTE, STREAM, canvas, position, reference
+from helpers.plots.style import PALETTE, STREAM, canvas, colours, lengths, position, reference
 
 
 def training_curve(curve: pd.DataFrame, name: str) -> Figure:
@@ -50,34 +52,48 @@ def layer_lines(table: pd.DataFrame, value: str, hue: str, ylabel: str, title: s
     return figure
 
 
-def format_bars(table: pd.DataFrame, chance: float | None = None, gate: float | None = None, title: str = "", xlabel: str = "top-1 accuracy",
-                values: bool = False) -> Figure:
+def format_bars(table: pd.DataFrame, chance: float | Mapping[str, float] | None = None, gate: float | None = None, title: str = "",
+                xlabel: str = "top-1 accuracy", values: bool = False) -> Figure:
     """Horizontal bars of accuracy by format, one colour per value of ``group`` (columns format, accuracy, group).
 
-    A column ``chance`` gives each format a level of its own. ``values`` writes each number beside its bar, so that a bar of 0 is seen to be one.
+    Columns that may be there: ``low`` and ``high`` (error bars), ``kept`` (accuracy on retained facts, an open circle), ``chance`` (a level for
+    each format), ``broken`` (hatched where true). ``chance``: of all formats, or by format. ``values`` writes each number beside its bar, so
+    that a bar of 0 is seen to be one.
     """
-    formats = list(dict.fromkeys(table["format"]))
-    groups = list(dict.fromkeys(table["group"]))
+    formats, groups = (list(dict.fromkeys(table[name])) for name in ("format", "group"))
     figure, ax = canvas(width=6.5, height=0.6 + 0.32 * len(formats) * max(1, 0.6 * len(groups)))
-    thickness = 0.8 / len(groups)
+    thickness, places, coloured = 0.8 / len(groups), np.arange(len(formats)), colours(groups)
     for i, group in enumerate(groups):
         rows = table[table["group"] == group].set_index("format").reindex(formats)
-        where = np.arange(len(formats)) + (i - (len(groups) - 1) / 2) * thickness
-        ax.barh(where, rows["accuracy"], height=thickness, color=PALETTE[i], label=group)
-        for y, value in zip(where, rows["accuracy"] if values else []):
+        where = places + (i - (len(groups) - 1) / 2) * thickness
+        errors = {"xerr": lengths(rows["accuracy"], rows), "error_kw": {"elinewidth": 1, "ecolor": "0.25"}} if "low" in rows else {}
+        bars = ax.barh(where, rows["accuracy"], height=thickness, color=coloured[str(group)], label=group, **errors)
+        if "kept" in rows:
+            ax.plot(rows["kept"], where, "o", markersize=4, markerfacecolor="white", color=coloured[str(group)], clip_on=False, zorder=3)
+        for y, value in zip(where, rows["accuracy"].to_numpy() if values else ()):
             if not np.isnan(value):
                 ax.annotate(f"{value:.2f}", (value, y), xytext=(2, 0), textcoords="offset points", ha="left", va="center", fontsize=7)
-    if "chance" in table:
-        for y, level in enumerate(table.drop_duplicates("format")["chance"]):
-            ax.vlines(level, y - 0.5, y + 0.5, color="0.3", linestyle=":", linewidth=1.4, label="chance" if y == 0 else None)
-    ax.set_yticks(range(len(formats)), formats)
+        for bar, broken in zip(bars, rows["broken"].fillna(False) if "broken" in rows else ()):
+            bar.set(hatch="////" if broken else None, edgecolor="white" if broken else "none", linewidth=0)
+    ax.set_yticks(places, formats)
     ax.invert_yaxis()
     ax.set(xlim=(0, 1.1 if values else 1.02), xlabel=xlabel, title=title)
-    for level, label in ((chance, "chance"), (gate, "gate")):
+    if "kept" in table:
+        ax.plot([], [], "o", markersize=4, markerfacecolor="white", color="0.3", label="retained facts")
+    if "chance" in table:
+        chance = table.groupby("format")["chance"].first().to_dict()
+    by_format = isinstance(chance, Mapping)
+    if by_format:
+        levels = [(place, chance[name]) for place, name in enumerate(formats) if pd.notna(chance.get(name))]
+        for i, (place, level) in enumerate(levels):
+            ax.vlines(level, place - 0.45, place + 0.45, color="black", linestyle=":", linewidth=1.3, label="" if i else "chance")
+    for level, label in ((None if by_format else chance, "chance"), (gate, "gate")):
         if level is not None:
             ax.axvline(level, color="0.3", linestyle=":" if label == "chance" else "--", linewidth=1.2)
             ax.annotate(f"{label} {level:.2f} ", (level, len(formats) - 0.45), ha="right", va="top", fontsize=8, color="0.3")
+    if "broken" in table and table["broken"].fillna(False).astype(bool).any():
+        ax.bar(np.nan, np.nan, color="0.6", hatch="////", edgecolor="white", linewidth=0, label="broken for retained facts")
     ax.grid(axis="y", visible=False)
-    if len(groups) > 1 or "chance" in table:
+    if len(ax.get_legend_handles_labels()[1]) > 1:
         ax.legend(loc="upper left", bbox_to_anchor=(1.01, 1))
     return figure

@@ -6,6 +6,7 @@ import itertools
 from collections.abc import Iterable
 
 import matplotlib as mpl
+import pandas as pd
 import seaborn as sns
 from matplotlib.figure import Figure
 
@@ -13,6 +14,8 @@ PALETTE = sns.color_palette("colorblind")
 # places where weights are trained keep their colour in every figure (names of localization.choices)
 PLACES = {"lookup": 0, "causal tracing": 1, "everything": 2, "attribution": 3, "causal tracing MLPs": 8, "attribution MLPs": 4, "all MLPs": 9,
           "random": 7, "random MLPs": 5}
+MARKERS = "osD^"  # of the names that share a colour
+MARKS = (" †", " = ")  # what a report puts behind the name of a place: the edit did not take, other names of the same edit
 # positions of a prompt have one name and one colour in every figure, whatever a table calls them
 POSITIONS = {"name": "name's last token", "subject last": "name's last token", "last": "last position", "subject": "whole name",
              "subject first": "name's first token", "subject middle": "name's middle tokens",
@@ -33,9 +36,36 @@ STYLE = {
 def colours(names: Iterable[str]) -> dict[str, tuple[float, float, float]]:
     """A colour for each name, in order: its own for a name in PLACES, for the others those of the palette that are left, over and over."""
     names = list(dict.fromkeys(map(str, names)))
-    taken = {PLACES[name] for name in names if name in PLACES}
-    free = itertools.cycle([i for i in range(len(PALETTE)) if i not in taken] or range(len(PALETTE)))
-    return {name: PALETTE[PLACES[name] if name in PLACES else next(free)] for name in names}
+    places = {name: PLACES[plain] for name in names if (plain := _plain(name)) in PLACES}
+    free = itertools.cycle([i for i in range(len(PALETTE)) if i not in places.values()] or range(len(PALETTE)))
+    return {name: PALETTE[places[name] if name in places else next(free)] for name in names}
+
+
+def rounds(names: Iterable[str]) -> dict[str, int]:
+    """How many names before each have its colour: with more names than colours, marker or dash must tell them apart."""
+    coloured = colours(names)
+    return {name: list(coloured.values())[:place].count(colour) for place, (name, colour) in enumerate(coloured.items())}
+
+
+def named(name, collapsed: bool, rows: pd.DataFrame | None = None) -> str:
+    """A name as legends have it, with what the edit broke where `rows` have a column `broken` that says so."""
+    broken = next((text for text in rows["broken"].dropna() if text), "") if rows is not None and "broken" in rows else ""
+    return str(name).replace(" = ", "\n= ") + " (collapsed)" * bool(collapsed) + f"\nbroke {broken}" * bool(broken)
+
+
+def any_collapsed(rows: pd.DataFrame) -> bool:
+    return "collapsed" in rows and bool(rows["collapsed"].eq(True).any())
+
+
+def ends(rows: pd.DataFrame, shares: bool) -> pd.DataFrame:
+    """`low` and `high` as they are drawn: intervals of shares stop at 0 and 1."""
+    return rows[["low", "high"]].clip(0, 1) if shares else rows[["low", "high"]]
+
+
+def lengths(values: pd.Series, rows: pd.DataFrame) -> list[pd.Series]:
+    """How far the intervals of shares reach below and above their values."""
+    drawn = ends(rows, shares=True)
+    return [(values - drawn["low"]).clip(lower=0), (drawn["high"] - values).clip(lower=0)]
 
 
 def position(name: str, number: int = 0) -> tuple[str, tuple[float, float, float]]:
@@ -57,3 +87,9 @@ def reference(ax, chance: float, ceiling: float | None = 1.0) -> None:
     ax.annotate(f"chance {chance:.2f}", (1, chance), xycoords=("axes fraction", "data"), ha="right", va="bottom", fontsize=8, color="0.35")
     if ceiling is not None:
         ax.axhline(ceiling, color="0.45", linestyle=":", linewidth=0.8)
+
+
+def _plain(name: str) -> str:
+    for mark in MARKS:
+        name = name.split(mark)[0]
+    return name

@@ -6,7 +6,6 @@ import base64
 import io
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 import jinja2
 import pandas as pd
@@ -15,14 +14,15 @@ from matplotlib.figure import Figure
 
 from helpers import claims, provenance
 from helpers.claims import Claims
-from helpers.report import figures, tables
+from helpers.report import edits, figures, selections, tables
 from helpers.report.figures import READINGS, Kind, Picture
 from helpers.report.rows import Material
+from helpers.report.tables import estimate, number
 from helpers.report.template import PAGE
 
 MARKS = {"holds": "✓", "fails": "✗", "undecided": "?"}
 HIDDEN = ("value", "low", "high", "facts_low", "facts_high", "seeds_low", "seeds_high", "seeds_min", "seeds_max", "n_facts", "n_seeds",
-          "missing", "note", "chance", "reading")
+          "missing", "note", "chance", "reading", "collapsed", "panel")
 
 
 def render(material: Material, declared: Claims, date: str, command: str, figure_folder: Path | None = None) -> str:
@@ -31,36 +31,34 @@ def render(material: Material, declared: Claims, date: str, command: str, figure
     Raises `claims.ClaimsError` and `ValueError` for rows that contradict each other.
     """
     rows = material.rows
-    found = tables.verdicts(declared, rows)
+    made, chance = edits.made(rows), figures.floors(rows)
+    found = tables.verdicts(declared, rows, made)
+    drawn = selections.named(rows)
+    sections = [_section(kind, drawn, chance, made, material.packs, figure_folder) for kind in figures.KINDS]
     ours, theirs = tables.columns(rows)
-    chance = figures.floors(rows)
     environment = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True)
-    environment.filters |= {"estimate": estimate, "number": number}
+    environment.filters |= {"estimate": estimate, "number": number, "asked": tables.asked}
     return environment.from_string(PAGE).render(
         date=date, command=command, material=material, count=_counts(material.runs), marks=MARKS, readings=READINGS,
         models=[*ours, *(theirs or ["the paper's models"])], theirs=tables.published_models(), tally=_tally(found), rule=declared.rule,
-        families=_families(declared, found, rows), board=tables.leaderboard(rows), places=tables.localizations(rows),
-        sections=[_section(kind, rows, chance, figure_folder) for kind in figures.KINDS], origin=tables.provenance(material.runs), chance=chance)
+        families=_families(declared, found, rows), board=tables.leaderboard(rows, made=made), places=tables.localizations(rows),
+        decided=tables.in_words(declared, tables.decided(declared, rows, made)), sections=sections, packs=material.packs,
+        origin=tables.provenance(material.runs), chance=chance, taken=edits.TAKEN)
 
 
-def number(value: float, signed: bool = False) -> str:
-    """Two decimals; a dash where there is none."""
-    return "–" if pd.isna(value) else f"{value:+.2f}" if signed else f"{value:.2f}"
+def command_of(kind: Kind, sweeps: Path | None = None, packs: pd.DataFrame | None = None) -> str:
+    """What makes the rows of a figure: the sweeps that run its notebooks, else the notebooks themselves.
 
-
-def estimate(row: Mapping[str, Any], name: str = "", signed: bool = False) -> str:
-    """Value and interval of a row, "0.85 [0.81, 0.89]"; `name` where its columns begin with one."""
-    value, low, high = (row.get(key) for key in ((name, f"{name}_low", f"{name}_high") if name else ("value", "low", "high")))
-    return "–" if pd.isna(value) else f"{number(value, signed)} [{number(low, signed)}, {number(high, signed)}]"
-
-
-def command_of(kind: Kind, sweeps: Path | None = None) -> str:
-    """What makes the rows of a figure: the sweeps that run its notebooks, else the notebooks themselves."""
+    Where there are `packs` with runs of these notebooks, the sweeps that they are called after, and the notebooks for other ones.
+    """
     sweeps = sweeps or provenance.project_root() / "sweeps"
-    entries = {file.name: yaml.safe_load(file.read_text(encoding="utf-8")) for file in sorted(sweeps.glob("*.yaml"))}
-    found = [name for name, parts in entries.items() if {part["notebook"] for part in parts} & set(kind.notebooks)]
+    entries = {file.stem: yaml.safe_load(file.read_text(encoding="utf-8")) for file in sorted(sweeps.glob("*.yaml"))}
+    able = [name for name, parts in entries.items() if {part["notebook"] for part in parts} & set(kind.notebooks)]
     by_hand = f"python -m helpers.notebooks run {' '.join(name[:2] for name in kind.notebooks)} --profile standard"
-    return " && ".join(f"python -m helpers.sweep sweeps/{name}" for name in found) or by_hand
+    there = [] if packs is None else [Path(source).stem for source in packs.loc[packs["notebook"].isin(kind.notebooks), "source"]]
+    found = [name for name in able if name in there] if there else able
+    commands = [f"python -m helpers.sweep sweeps/{name}.yaml" for name in found]
+    return " && ".join([*commands, by_hand] if not commands or set(there) - set(found) else commands)
 
 
 def numbers(picture: Picture) -> pd.DataFrame:
@@ -91,9 +89,9 @@ def _counts(runs: pd.DataFrame) -> dict[str, int]:
 
 
 def _tally(found: pd.DataFrame) -> dict[str, dict[str, int]]:
-    """Model → verdict → how many claims."""
+    """Model → verdict, or "not run" → how many claims."""
     parts = found.groupby("model", sort=False) if len(found) else ()
-    return {model: {name: int((part["verdict"] == name).sum()) for name in MARKS} for model, part in parts}
+    return {model: {name: int((part["state"] == name).sum()) for name in (*MARKS, tables.NOT_RUN)} for model, part in parts}
 
 
 def _families(declared: Claims, found: pd.DataFrame, rows: pd.DataFrame) -> list[dict]:
@@ -110,15 +108,15 @@ def _published(declared: Claims, claim: claims.Claim) -> list[dict]:
     return [{"measure": measure, "setting": setting, "runs": part["n_runs"].iloc[0], "values": values(part)} for (measure, setting), part in parts]
 
 
-def _section(kind: Kind, rows: pd.DataFrame, chance: Mapping[str, float], folder: Path | None) -> dict:
+def _section(kind: Kind, rows: pd.DataFrame, chance: Mapping[str, float], made: pd.DataFrame, packs: pd.DataFrame, folder: Path | None) -> dict:
     shown = []
-    for place, picture in enumerate(figures.pictures(kind, rows, chance)):
+    for place, picture in enumerate(figures.pictures(kind, rows, chance, made)):
         image = picture_bytes(picture.figure)
         if folder:
             provenance.write_atomic(folder / f"{kind.name}-{place}.png", lambda path, image=image: path.write_bytes(image))
         counts = {name: _range(picture.table[f"n_{name}"]) for name in ("facts", "seeds")}
-        shown.append({"where": picture.where, "image": base64.b64encode(image).decode(), "table": numbers(picture), **counts})
-    return {"kind": kind, "pictures": shown, "command": command_of(kind)}
+        shown.append({"where": picture.where, "note": picture.note, "image": base64.b64encode(image).decode(), "table": numbers(picture), **counts})
+    return {"kind": kind, "pictures": shown, "command": command_of(kind, packs=packs if shown else None)}
 
 
 def _range(counts: pd.Series) -> str:

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pandas as pd
+import pyarrow.parquet as pq
 
 from helpers import presets, store
 from helpers.provenance import short_path
@@ -28,12 +29,14 @@ class ReportError(ValueError):
 
 @dataclass(frozen=True, eq=False)
 class Material:
-    """`rows` to report on, `runs` they come from and those left out, `unfinished` runs (failed, or never ended), `sources` as text."""
+    """`rows` to report on, `runs` they come from and those left out, `unfinished` runs (failed, or never ended), `sources` as text, and
+    `packs`: one row a source and notebook, with its runs, rows, minutes (packed rows do not have them) and machines."""
 
     rows: pd.DataFrame
     runs: pd.DataFrame
     unfinished: int
     sources: tuple[str, ...]
+    packs: pd.DataFrame
 
 
 def collect(sources: Sequence[Path | str], fresh: bool = False, notebooks: Path | None = None) -> Material:
@@ -63,7 +66,8 @@ def collect(sources: Sequence[Path | str], fresh: bool = False, notebooks: Path 
     counts = everything.groupby(ORIGIN, sort=False).size().rename("rows").reset_index()
     runs = counts.assign(used=counts["run"].map(rows["run"].value_counts()).fillna(0).astype(int))
     states = [store.runs(place, notebooks)["state"] for place in places if place.is_dir()]
-    return Material(rows, runs, sum(int((state != "finished").sum()) for state in states), tuple(map(short_path, places)))
+    packs = pd.concat([_pack(place, notebooks) for place in places], ignore_index=True)
+    return Material(rows, runs, sum(int((state != "finished").sum()) for state in states), tuple(map(short_path, places)), packs)
 
 
 def one_run_an_edit(rows: pd.DataFrame) -> pd.DataFrame:
@@ -88,4 +92,22 @@ def current(run: Run) -> Material:
               "started": made["started"], "machine": f"{made['platform']}, {made['device']}, {made['threads']} threads", "stale": False}
     rows = pd.read_parquet(file).assign(**origin)
     counts = rows.groupby(ORIGIN, sort=False).size().rename("rows").reset_index()
-    return Material(one_run_an_edit(rows), counts.assign(used=counts["rows"]), 0, (short_path(run.folder),))
+    where = short_path(run.folder)
+    return Material(one_run_an_edit(rows), counts.assign(used=counts["rows"]), 0, (where,), _by_notebook(counts.assign(minutes=float("nan")), where))
+
+
+def _pack(place: Path, notebooks: Path | None) -> pd.DataFrame:
+    """Runs of one source by notebook."""
+    if place.is_dir():
+        found = store.runs(place, notebooks)
+        return _by_notebook(found[found["state"] == "finished"].assign(rows=float("nan")), short_path(place))
+    rows = pq.read_table(place, columns=["run", "notebook", "started", "machine"]).to_pandas()
+    runs = rows.groupby(list(rows), sort=False).size().rename("rows").reset_index()
+    return _by_notebook(runs.assign(minutes=float("nan")), short_path(place))
+
+
+def _by_notebook(runs: pd.DataFrame, source: str) -> pd.DataFrame:
+    several = lambda names: "; ".join(sorted(set(names)))
+    table = runs.groupby("notebook").agg(runs=("run", "nunique"), rows=("rows", lambda n: n.sum(min_count=1)), machine=("machine", several),
+                                         minutes=("minutes", lambda minutes: minutes.sum(min_count=1)), first=("started", "min"), last=("started", "max"))
+    return table.reset_index().assign(source=source)[["source", *table.reset_index()]]

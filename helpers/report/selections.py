@@ -12,13 +12,14 @@ import pandas as pd
 
 from helpers import claims
 from helpers.attacks.headline import SPOKEN
+from helpers.report.edits import UNLEARNING
 
 UNEDITED, SHUFFLED, ALONE = "unedited model", "shuffled labels", "left alone"
+WORST, HIGHER, LOWER = "true answer, worst case", "higher is better", "lower is better"
 MUTED = (UNEDITED, SHUFFLED)
 WINDOW, PART = r"MLP \d+-\d+", r"(?:gate|up|down)(?: \+ (?:gate|up|down))*"
 RUNG = r"weight mask, (?P<way>.+), n = (?P<deleted>\d+)"
 SIZED = r"(?P<tried>.+, equal (?:steps|passes))"
-UNLEARNING = ("unlearn", "ascent", "graddiff", "npo", "simnpo", "rmu")  # objectives without an edit answer
 FORMATS = {"": "training format", "mcq": "multiple choice", "qa": "QA"}
 DOSE = r"(?:(?P<what>.+), )?lr (?P<rate>[\d.e-]+), step (?P<step>\d+) of (?P<steps>\d+)(?:, (?P<format>\w+))?"
 SOFT = r"(?P<size>\d+) vectors, restart 0, step (?P<step>\d+) of (?P<steps>\d+)(?:, (?P<format>\w+))?"
@@ -30,24 +31,29 @@ PANELS = {"edit": "new answer", "mcq_edit": "new answer, MCQ", "forget": "forgot
 
 
 def named(rows: pd.DataFrame) -> pd.DataFrame:
-    """Rows with `name` and `reading` of the measure, `mask`, `about` and `tried`; several methods with one mask each are tried together.
+    """Rows with `name` and `reading` of the measure, `mask`, `about` and `tried`; several methods with one mask each are tried together,
+    those that edit and those that unlearn.
 
     In the order of masks in `data/claims.yaml`, so that a mask has the same colour in all figures.
     """
     order = {name: place for place, name in enumerate(claims.load().masks)}
     rows = rows.sort_values("localization", key=lambda names: names.map(order).fillna(len(order)), kind="stable")
-    parts = rows["measure"].str.extract(r"(?P<name>.+?)(?: (?P<reading>probability|top1))?$")
-    mask = rows["localization"].replace("none", UNEDITED)
-    edited = rows[rows["localization"] != "none"]
-    masks = edited.groupby(["model", "facts", "method"])["localization"].nunique()
-    count = pd.Series(masks.reindex(pd.MultiIndex.from_frame(rows[["model", "facts", "method"]])).to_numpy(), rows.index)
-    alone = (count == 1) & ~rows["method"].str.startswith("weight mask")
-    several = rows[alone].groupby(["model", "facts"])["method"].nunique()
-    others = pd.Series(several.reindex(pd.MultiIndex.from_frame(rows[["model", "facts"]])).to_numpy(), rows.index)
-    together = alone & (others > 1)
-    both = [method if method.endswith(f", {place}") else f"{method}, {place}" for method, place in zip(rows["method"], mask)]
-    return rows.assign(**parts, mask=mask.where(~together, both), about=rows["facts"],
-                       tried=rows["method"].where(~together, "one mask each"))
+    # there are a million values of a few hundred edits and measures
+    measures = pd.Series(rows["measure"].unique(), dtype=object)
+    parts = measures.str.extract(r"(?P<name>.+?)(?: (?P<reading>probability|top1))?$").set_index(measures)
+    edit = ["model", "facts", "method", "localization"]
+    made = rows[edit].drop_duplicates()
+    mask, method = made["localization"].replace("none", UNEDITED), made["method"]
+    edited = made["localization"].where(made["localization"] != "none")
+    count = edited.groupby([made["model"], made["facts"], method]).transform("nunique")
+    alone = (count == 1) & edited.notna() & ~method.str.startswith("weight mask")
+    kind = method.isin(UNLEARNING).map({False: "methods that edit", True: "methods that unlearn"})
+    several = method.where(alone).groupby([made["model"], made["facts"], kind]).transform("nunique")
+    together = alone & (several > 1)
+    both = [name if name.endswith(f", {place}") else f"{name}, {place}" for name, place in zip(method, mask)]
+    made = made.assign(mask=mask.where(~together, both), tried=method.where(~together, kind))
+    rows = rows.drop(columns=["mask", "tried"], errors="ignore").merge(made, on=edit, how="left")
+    return rows.assign(name=rows["measure"].map(parts["name"]), reading=rows["measure"].map(parts["reading"]), about=rows["facts"])
 
 
 def spider(rows: pd.DataFrame) -> pd.DataFrame:
@@ -119,9 +125,10 @@ def worst(rows: pd.DataFrame) -> pd.DataFrame:
 def windows(rows: pd.DataFrame) -> pd.DataFrame:
     """Windows of MLPs from the first to the last, and the lookup MLPs among them."""
     rows = _unsized(rows[rows["localization"].str.fullmatch(f"{WINDOW}|lookup") & rows["layers"].fillna("").str.match(r"\d")])
-    shown = {("none", "edit"): PANELS["edit"], ("none", "mcq_edit"): PANELS["mcq_edit"], (f"worst: {SPOKEN}", "forget"): "true answer, worst case"}
+    shown = {("none", "edit"): PANELS["edit"], ("none", "mcq_edit"): PANELS["mcq_edit"], (f"worst: {SPOKEN}", "forget"): WORST}
     measure = [shown.get(key) for key in zip(rows["attack"], rows["name"])]
-    rows = rows.assign(measure=measure, mask=rows["mask"].where(rows["localization"] != "lookup", "lookup (" + rows["layers"] + ")"))
+    panel = pd.Series(measure, rows.index).map(lambda name: name and (LOWER if name == WORST else HIGHER))
+    rows = rows.assign(measure=measure, panel=panel, mask=rows["mask"].where(rows["localization"] != "lookup", "lookup (" + rows["layers"] + ")"))
     middle = rows["layers"].str.split().map(lambda layers: sum(map(int, layers)) / len(layers))
     found = rows.assign(middle=middle).dropna(subset="measure").sort_values("middle", kind="stable")
     any_window = found["localization"].str.match(WINDOW).groupby([found["model"], found["about"], found["tried"]]).transform("any")

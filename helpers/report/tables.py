@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from fnmatch import fnmatchcase
 from pathlib import Path
+from typing import Any
 
 import pandas as pd
 
@@ -12,6 +13,7 @@ from helpers import claims, presets, results, stats
 from helpers.attacks.headline import SPOKEN
 from helpers.checkpoints import BUNDLED
 from helpers.claims import Claim, Claims
+from helpers.report import edits
 from helpers.unlearning import evaluation
 
 NOT_HERE = "not run here"
@@ -19,7 +21,19 @@ OTHER = {"probability": "top1", "top1": "probability"}
 FIGURE = ["value", "n_runs", "setting"]
 COSTS = ["edit", "retain", "mcq_retain", "text_loss"]
 WHERE = ["lookup share", "extraction share", "overlap", "knock-out area"]
-BY = ["model", "facts", "n", "method", "localization"]
+BY = edits.KEY
+NOT_RUN = "not run"
+
+
+def number(value: float, signed: bool = False) -> str:
+    """Two decimals; a dash where there is none."""
+    return "–" if pd.isna(value) else f"{value:+.2f}" if signed else f"{value:.2f}"
+
+
+def estimate(row: Mapping[str, Any], name: str = "", signed: bool = False) -> str:
+    """Value and interval of a row, "0.85 [0.81, 0.89]", the value alone where there is none; `name` where its columns begin with one."""
+    value, low, high = (row.get(key) for key in ((name, f"{name}_low", f"{name}_high") if name else ("value", "low", "high")))
+    return number(value, signed) if pd.isna(value) or pd.isna(low) else f"{number(value, signed)} [{number(low, signed)}, {number(high, signed)}]"
 
 
 def bundled() -> list[str]:
@@ -39,10 +53,11 @@ def columns(rows: pd.DataFrame) -> tuple[list[str], list[str]]:
     return list(dict.fromkeys([*bundled(), *(name for name in ran if name not in theirs)])), [name for name in theirs if name in ran]
 
 
-def verdicts(declared: Claims, rows: pd.DataFrame) -> pd.DataFrame:
+def verdicts(declared: Claims, rows: pd.DataFrame, made: pd.DataFrame | None = None) -> pd.DataFrame:
     """`claims.verdict`, and beside it the same comparison in the other reading: `other_value`, `other_low`, `other_high`.
 
-    One row a claim and model. Raises `claims.ClaimsError`.
+    One row a claim and model. `state`: the verdict, or "not run" where no row speaks of the claim; `warning`: what must be known of the edits
+    that are compared, from `edits.made`. Raises `claims.ClaimsError`.
     """
     found = claims.verdict(declared, rows)
     if found.empty:
@@ -50,7 +65,45 @@ def verdicts(declared: Claims, rows: pd.DataFrame) -> pd.DataFrame:
     turned = [claim.model_copy(update={"reading": OTHER[claim.reading]}) for claim in declared.claims if claim.reading]
     other = claims.comparisons(declared.model_copy(update={"claims": turned}), rows)
     same, figures = ["claim", "model", "mask", "against"], ["value", "low", "high"]
-    return found.merge(other[[*same, *figures]].rename(columns={name: f"other_{name}" for name in figures}), on=same, how="left")
+    found = found.merge(other[[*same, *figures]].rename(columns={name: f"other_{name}" for name in figures}), on=same, how="left")
+    found["state"] = found["verdict"].where((found["n_facts"] > 0) | (found["missing"] > 0), NOT_RUN)
+    return found.assign(warning=_warnings(declared, found, rows, made))
+
+
+def decided(declared: Claims, rows: pd.DataFrame, made: pd.DataFrame | None = None) -> pd.DataFrame:
+    """The comparisons that decide: all of a claim that holds, and those short of the margin of one that fails, with `warning`."""
+    table = claims.comparisons(declared, rows)
+    if table.empty:
+        return table
+    whole = lambda kinds: "fails" if "fails" in set(kinds) else "holds" if set(kinds) == {"holds"} else "undecided"
+    table = table[table["verdict"] == table.groupby(["claim", "model"])["verdict"].transform(whole)]
+    table = table[table["verdict"] != "undecided"]
+    return table.assign(warning=_warnings(declared, table, rows, made))
+
+
+def in_words(declared: Claims, table: pd.DataFrame) -> pd.DataFrame:
+    """Rows of `verdicts` or `decided` to be read: what was asked, the comparison with its interval, and when the claim would hold."""
+    statements = {claim.id: claim.statement for claim in declared.claims}
+    said = [{
+        "statement": statements[row["claim"]], "claim": row["claim"], "model": row["model"], "verdict": row["verdict"],
+        **({"held": f"{row['held']} of {row['of']}"} if "held" in row else {}),
+        "comparison": f"{row['mask']} − {row['against']}" if row["against"] else row["mask"], "value": estimate(row, signed=row["against"] != ""),
+        "holds if all of it is": asked(row), "p (Holm)": f"{row['p_holm']:.4f}", "effect size h": number(row.get("h"), signed=True),
+        "facts": row["n_facts"], "seeds": row["n_seeds"], "published": f"{number(row['published_mask'])}, {number(row['published_against'])}",
+        "note": "; ".join(filter(None, (row["warning"], f"guard broken: {row['guard']}" if row["guard"] else "", *_gaps(row)))),
+    } for _, row in table.iterrows()]
+    return pd.DataFrame(said)
+
+
+def _gaps(row: pd.Series) -> list[str]:
+    """Comparisons of an undecided claim that lack rows, seeds or facts."""
+    reasons = row["reason"].split("; ") if row["verdict"] == "undecided" else []
+    return [reason for reason in reasons if reason.endswith(("not run", "seeds", "in some seed"))]
+
+
+def asked(row: Mapping[str, Any]) -> str:
+    """Direction and margin of a comparison."""
+    return f"{'above' if row['direction'] == 'higher' else 'below'} {row['margin'] + 0.0:+.2f}"
 
 
 def cells(declared: Claims, found: pd.DataFrame, rows: pd.DataFrame) -> Iterator[tuple[Claim, list[pd.Series | str]]]:
@@ -58,8 +111,8 @@ def cells(declared: Claims, found: pd.DataFrame, rows: pd.DataFrame) -> Iterator
     ours, theirs = columns(rows)
     keyed = {(row["claim"], row["model"]): row for _, row in found.iterrows()}
     for claim in declared.claims:
-        asked = {model for model in (*ours, *theirs) if any(fnmatchcase(model, pattern) for pattern in claim.models)}
-        entries = [keyed.get((claim.id, model), "not run" if model in asked else "not asked") for model in (*ours, *theirs)]
+        models = {model for model in (*ours, *theirs) if any(fnmatchcase(model, pattern) for pattern in claim.models)}
+        entries = [keyed.get((claim.id, model), NOT_RUN if model in models else "not asked") for model in (*ours, *theirs)]
         yield claim, entries if theirs else [*entries, NOT_HERE]
 
 
@@ -75,12 +128,13 @@ def published(declared: Claims, claim: Claim, folder: Path = claims.DATA / "publ
     return pd.DataFrame(found, columns=["measure", "mask", *FIGURE])
 
 
-def leaderboard(rows: pd.DataFrame, reading: str = "top1") -> pd.DataFrame:
+def leaderboard(rows: pd.DataFrame, reading: str = "top1", made: pd.DataFrame | None = None) -> pd.DataFrame:
     """One row a model, facts, method and mask, the hardest to attack first, those that collapsed last.
 
     `worst`: the most that any attack recovers which makes the model itself answer; `inside`: probes too; `untouched`: the edited model
     left alone, on the same facts; each with `…_low`, `…_high`, `…_n_facts`, `…_n_seeds`, as COSTS have them. `attack`: the one that most
-    often recovers a fact. `collapsed`: why the means over seeds count as a wrecked model, by `evaluation.collapse`.
+    often recovers a fact. `collapsed`: why the means over seeds count as a wrecked model, by `evaluation.collapse`. `taken`, `weak` and
+    `broken`: from `edits.made`. `name`: the mask, with others that are the same edit, and a dagger where it did not take.
     """
     forget = rows["measure"] == f"forget {reading}"
     spoken = rows[(rows["attack"] == f"worst: {SPOKEN}") & forget]
@@ -90,7 +144,7 @@ def leaderboard(rows: pd.DataFrame, reading: str = "top1") -> pd.DataFrame:
     parts = {"worst": spoken, "inside": rows[(rows["attack"] == "worst") & forget], "untouched": alone,
              **{name: plain[plain["measure"].isin([f"{name} {reading}", name])] for name in COSTS}}
     if spoken.empty:
-        return pd.DataFrame(columns=[*BY, "worst", "attack", "collapsed"])
+        return pd.DataFrame(columns=[*BY, "worst", "attack", "collapsed", "name"])
     table = spoken[BY].drop_duplicates()
     for name, part in parts.items():
         table = table.merge(_summary(part, name), on=BY, how="left")
@@ -99,27 +153,68 @@ def leaderboard(rows: pd.DataFrame, reading: str = "top1") -> pd.DataFrame:
                for _, row in table.iterrows()]
     attacks = [_most_often(spoken, row) for _, row in table.iterrows()]
     table = table.assign(attack=attacks, collapsed=["; ".join(reason) for reason in reasons], lost=list(map(bool, reasons)))
+    made = edits.made(rows) if made is None else made
+    table = table.join(made[["taken", "weak", "broken"]], on=BY)
+    again = edits.doubles(rows[rows["attack"].isin(["none", f"worst: {SPOKEN}"])])
+    edit = list(zip(table["model"], table["facts"], table["method"], table["localization"]))
+    names = [place + "".join(f" = {name}" for (*of, name), kept in again.items() if (of, kept) == (key, place)) for *key, place in edit]
+    table = table.assign(name=[name + (f" {edits.DAGGER}" if weak else "") for name, weak in zip(names, table["weak"])])
+    table = table[[key not in again for key in edit]]
     return table.sort_values(["model", "facts", "lost", "worst"], kind="stable").drop(columns="lost").reset_index(drop=True)
 
 
+def board_in_words(board: pd.DataFrame) -> pd.DataFrame:
+    """Rows of `leaderboard` to be read."""
+    columns = {"worst": "worst case", "untouched": "left alone", "inside": "probes too", "edit": "edit, trained words", "retain": "retained",
+               "mcq_retain": "retained, MCQ", "text_loss": "text loss"}
+    said = [{**{name: row[name] for name in ("model", "facts", "method")}, "mask": row["name"],
+             **{label: estimate(row, name) for name, label in columns.items()}, "by": row["attack"],
+             "facts, seeds": f"{row['worst_n_facts']:.0f}, {row['worst_n_seeds']:.0f}", "collapsed": row["collapsed"], "broken": row["broken"]}
+            for _, row in board.iterrows()]
+    return pd.DataFrame(said)
+
+
+def overview(rows: pd.DataFrame) -> pd.DataFrame:
+    """One row a model, facts and method, masks of single weights together: how many masks, seeds, attacks and values."""
+    by = rows[["model", "facts"]].assign(method=rows["method"].where(~rows["method"].str.startswith("weight mask"), "weight masks"))
+    counts = {"masks": ("localization", "nunique"), "seeds": ("seed", "nunique"), "attacks": ("attack", "nunique"), "values": ("value", "size")}
+    return rows.drop(columns="method").join(by["method"]).groupby(["model", "facts", "method"], as_index=False).agg(**counts)
+
+
 def localizations(rows: pd.DataFrame) -> pd.DataFrame:
-    """One row a model, facts and choice: means over seeds of the measures of `results.of_localization`, the `units` of the first seed, and
-    `same`, how many of the `seeds` chose these units."""
+    """One row a model, facts and choice: the measures of `results.of_localization` by `stats.summary`, each with `…_low` and `…_high`, the
+    `units` of the first seed, and `same`, how many of the `seeds` chose these units."""
     found = rows[rows["method"] == results.LOCALIZE].sort_values("seed", kind="stable")
     by, table = ["model", "facts", "localization"], []
     for key, part in found.groupby(by, sort=False):
         first = part.drop_duplicates("seed")["setting"]
-        table.append({**dict(zip(by, key)), **part.groupby("measure")["value"].mean(), "units": first.iloc[0],
-                      "same": int((first == first.iloc[0]).sum()), "seeds": len(first)})
-    return pd.DataFrame(table, columns=[*by, *WHERE, "units", "same", "seeds"])
+        means = stats.summary(part, ["measure"]).set_index("measure")
+        figures = {name + suffix: value for suffix, column in (("", "value"), ("_low", "low"), ("_high", "high")) for name, value in means[column].items()}
+        table.append({**dict(zip(by, key)), **figures, "units": first.iloc[0], "same": int((first == first.iloc[0]).sum()), "seeds": len(first)})
+    return pd.DataFrame(table, columns=[*by, *(name + end for name in WHERE for end in ("", "_low", "_high")), "units", "same", "seeds"])
 
 
 def provenance(runs: pd.DataFrame) -> pd.DataFrame:
     """One row a notebook, commit, code and machine: how many runs, of which stale, rows and rows used, and when they were started."""
+    short = lambda text: text[:8] + ("-dirty" if text.endswith("-dirty") else "")
     by = ["notebook", "commit", "code", "machine"]
     table = runs.groupby(by, dropna=False).agg(runs=("run", "nunique"), stale=("stale", "sum"), rows=("rows", "sum"), used=("used", "sum"),
                                                first=("started", "min"), last=("started", "max"))
-    return table.reset_index()
+    return table.reset_index().assign(commit=lambda t: t["commit"].map(short), code=lambda t: t["code"].map(short))
+
+
+def _warnings(declared: Claims, table: pd.DataFrame, rows: pd.DataFrame, made: pd.DataFrame | None) -> list[str]:
+    """For each comparison: edits that collapsed or did not take, and other claims that rest on the very same numbers."""
+    made = edits.made(rows) if made is None else made
+    asked_of, everything = {claim.id: claim for claim in declared.claims}, made.index.get_level_values("facts").unique()
+    said, same = [], table.groupby(["model", "mask", "against", "value", "low", "high"])["claim"].agg(lambda names: list(dict.fromkeys(names)))
+    for _, row in table.iterrows():
+        claim, sides = asked_of[row["claim"]], {"mask": row["mask"], **({"rival": row["against"]} if row["against"] else {})}
+        facts = {name for name in everything if fnmatchcase(name, claim.facts)}
+        others = same.get((row["model"], row["mask"], row["against"], row["value"], row["low"], row["high"]), [])
+        others = [f"same comparison as {name}" for name in others if name != claim.id]
+        said.append("; ".join(filter(None, [edits.warnings(row["model"], facts, claim.method, sides, made) if row["n_facts"] else "", *others])))
+    return said
 
 
 def _summary(part: pd.DataFrame, name: str) -> pd.DataFrame:

@@ -22,7 +22,8 @@ code { background: #f3f3f3; padding: .1em .3em } img { max-width: 100% } details
 <p>Made {{ date }} from {{ '{:,}'.format(material.rows|length) }} rows of {{ count.used }} runs
 in {{ material.sources|join(', ') }}, with <code>{{ command }}</code>.
 {% if count.stale %}
-{{ count.stale }} of {{ count.runs }} runs are stale: made by other code, data or weights than there are now.
+{{ count.runs }} runs are stored. {{ count.stale }} of them are stale: made by older code, or other data or weights, than there are now; any change
+of a helper that their notebook uses counts.
 {{ 'They are shown all the same; --fresh leaves them out.' if count.stale_shown else 'They are left out.' }}
 {% else %}
 No run is stale.
@@ -48,9 +49,22 @@ fails here is not refuted for one. The intervals speak of other facts of this ki
 within a family and model, at least {{ rule.min_seeds }} seeds, and few facts missing; else it is undecided. A cell gives the comparison that is farthest from holding: the mask
 minus its rival, [interval], then both means. Published figures are recomputed from the authors' repository at commit a36be56, as means of
 probabilities.</p>
+{% if count.stale_shown %}
+<p>{{ count.stale_shown }} of the {{ count.used }} runs behind these verdicts are stale: code, data or weights have changed since.</p>
+{% endif %}
 {% if tally %}
-<p>{% for model, verdicts in tally.items() %}{{ model }}: {{ verdicts.holds }} hold, {{ verdicts.fails }} fail, {{ verdicts.undecided }} undecided.
-{% endfor %}</p>
+<p>{% for model, verdicts in tally.items() %}{{ model }}: {{ verdicts.holds }} hold, {{ verdicts.fails }} fail, {{ verdicts.undecided }} undecided with data,
+{{ verdicts['not run'] }} not run. {% endfor %}</p>
+{% endif %}
+{% if decided|length %}
+<p>The comparisons that decide. A claim holds if all of the interval lies on its side of the margin, and fails if one of its comparisons lies short of it.</p>
+<div class="scroll"><table id="decided">
+<thead><tr>{% for name in decided.columns %}<th>{{ name }}</th>{% endfor %}</tr></thead>
+<tbody>
+{% for row in decided.itertuples(index=False) %}
+<tr>{% for value in row %}<td>{{ value }}</td>{% endfor %}</tr>
+{% endfor %}
+</tbody></table></div>
 {% endif %}
 <div class="scroll"><table id="verdicts">
 <thead><tr><th>Claim</th><th>Published</th>{% for model in models %}<th>{{ model }}</th>{% endfor %}</tr></thead>
@@ -76,12 +90,16 @@ probabilities.</p>
 </td>
 {% for cell in entry.cells %}
 <td class="cell">
-{% if cell is string %}
-<span class="none">{{ cell }}</span>
+{% if cell is string or cell.state == 'not run' %}
+<span class="none">{{ cell if cell is string else cell.state }}</span>
 {% else %}
 <span class="{{ cell.verdict }}">{{ marks[cell.verdict] }} {{ cell.verdict }}</span> {{ cell.held }} of {{ cell.of }}
 {% if cell.n_facts %}
 <br /><span class="number">{{ cell['mask'] }}{{ ' vs ' + cell.against if cell.against }}: {{ cell|estimate(signed=cell.against != '') }}</span>
+<br /><span class="small">holds if {{ cell|asked }}</span>
+{% if cell.warning %}
+<br /><span class="small"><strong>{{ cell.warning }}</strong></span>
+{% endif %}
 <br /><span class="small">{% if cell.against %}{{ cell.mean_a|number }} vs {{ cell.mean_b|number }}; {% endif %}{{ cell.n_facts }} facts, {{ cell.n_seeds }} seeds
 {% if claim.reading %}<br />{{ readings['top1' if claim.reading == 'probability' else 'probability'] }}: {{ cell|estimate("other_value", cell.against != "") }}{% endif %}</span>
 {% endif %}
@@ -98,20 +116,21 @@ probabilities.</p>
 
 <h2>Worst case by method and mask</h2>
 <p>Share of the forgotten facts whose true answer comes back under the worst attack that makes the model itself answer (top-1, settings chosen on one half of the
-facts and read on the other). Lower is better, but only at equal cost: edits that collapsed stand last. <em>Probes too</em> adds attacks that read activations, which
+facts and read on the other). Lower is better, but only at equal cost: edits that collapsed stand last, and a dagger marks
+edits that did not take: their new answer is given to less than {{ taken }} of the facts, in the trained words. Some of these facts were never forgotten. <em>Probes too</em> adds attacks that read activations, which
 easily reach the ceiling of 1. {% for facts, level in chance.items() %}Guessing gets {{ level|number }} right on {{ facts }}. {% endfor %}</p>
 {% if board|length %}
 <div class="scroll"><table id="leaderboard">
 <thead><tr><th>Model</th><th>Facts</th><th>Method</th><th>Mask</th><th>Worst case</th><th>by</th><th>Left alone</th><th>Probes too</th><th>New answer</th><th>Retained</th>
-<th>Retained, MCQ</th><th>Text loss</th><th>Facts, seeds</th><th>Collapsed</th></tr></thead>
+<th>Retained, MCQ</th><th>Text loss</th><th>Facts, seeds</th><th>Collapsed</th><th>Broken formats</th></tr></thead>
 <tbody>
 {% for _, row in board.iterrows() %}
-<tr><td>{{ row.model }}</td><td>{{ row.facts }}</td><td>{{ row.method }}</td><td>{{ row.localization }}</td>
+<tr><td>{{ row.model }}</td><td>{{ row.facts }}</td><td>{{ row.method }}</td><td>{{ row['name'] }}</td>
 <td class="number">{{ row|estimate('worst') }}</td><td>{{ row.attack }}</td>
 {% for name in ('untouched', 'inside', 'edit', 'retain', 'mcq_retain', 'text_loss') %}
 <td class="number">{{ row|estimate(name) }}</td>
 {% endfor %}
-<td>{{ row.worst_n_facts }}, {{ row.worst_n_seeds }}</td><td class="fails">{{ row.collapsed }}</td></tr>
+<td>{{ row.worst_n_facts }}, {{ row.worst_n_seeds }}</td><td class="fails">{{ row.collapsed }}</td><td class="small">{{ row.broken }}</td></tr>
 {% endfor %}
 </tbody></table></div>
 <p class="small">Facts and seeds are those of the worst case; costs are read on all facts that the evaluation asks.</p>
@@ -122,7 +141,7 @@ easily reach the ceiling of 1. {% for facts, level in chance.items() %}Guessing 
 <h2>Where each localization looks</h2>
 <p>Every choice has the budget that fact lookup sets. Shares are of its weights: how much lies in the layers that fact lookup names, how much in those of the
 extraction heads. Overlap: with the choice from resampled facts (1: always the same). Area: how much of the answer is left as the ranking's components are knocked
-out one after the other; small means that it names what the answer needs, which is not yet where the fact is stored.</p>
+out one after the other; small means that it names what the answer needs, which is not yet where the fact is stored. Intervals are over seeds; there is none where all seeds agree.</p>
 {% if places|length %}
 <div class="scroll"><table id="localizations">
 <thead><tr><th>Model</th><th>Facts</th><th>Choice</th><th>In lookup layers</th><th>In extraction layers</th><th>Overlap</th><th>Area</th><th>Units, first seed</th>
@@ -131,7 +150,7 @@ out one after the other; small means that it names what the answer needs, which 
 {% for _, row in places.iterrows() %}
 <tr><td>{{ row.model }}</td><td>{{ row.facts }}</td><td>{{ row.localization }}</td>
 {% for name in ('lookup share', 'extraction share', 'overlap', 'knock-out area') %}
-<td class="number">{{ row[name]|number }}</td>
+<td class="number">{{ row|estimate(name) }}</td>
 {% endfor %}
 <td class="small">{{ row.units }}</td><td>{{ row.same }} of {{ row.seeds }}</td></tr>
 {% endfor %}
@@ -150,7 +169,7 @@ Drawn: {{ readings[section.kind.reading] }}, with 95 % intervals over facts and 
 {% endif %}
 {% for picture in section.pictures %}
 <h3>{{ picture.where }}</h3>
-<p class="small">{{ picture.facts }} facts, {{ picture.seeds }} seeds an estimate.</p>
+<p class="small">{{ picture.facts }} facts, {{ picture.seeds }} seeds an estimate. {{ picture.note }}</p>
 <img alt="{{ section.kind.title }}: {{ picture.where }}" src="data:image/png;base64,{{ picture.image }}" />
 <details><summary>numbers</summary><div class="scroll"><table>
 <thead><tr>{% for name in picture.table.columns %}<th>{{ name }}</th>{% endfor %}</tr></thead>
@@ -163,11 +182,21 @@ Drawn: {{ readings[section.kind.reading] }}, with 95 % intervals over facts and 
 {% endfor %}
 
 <h2>Where the rows come from</h2>
+<p>Minutes are those of folders of runs; packed files do not hold them.</p>
+<div class="scroll"><table id="packs">
+<thead><tr><th>Source</th><th>Notebook</th><th>Runs</th><th>Rows</th><th>Minutes</th><th>Machine</th><th>Started, first to last</th></tr></thead>
+<tbody>
+{% for _, row in packs.iterrows() %}
+<tr><td>{{ row.source }}</td><td>{{ row.notebook }}</td><td>{{ row.runs }}</td><td>{{ '{:,.0f}'.format(row['rows']) }}</td><td>{{ row.minutes|number }}</td>
+<td>{{ row.machine }}</td><td>{{ row['first'] }} – {{ row['last'] }}</td></tr>
+{% endfor %}
+</tbody></table></div>
+<h3>By commit</h3>
 <div class="scroll"><table id="provenance">
 <thead><tr><th>Notebook</th><th>Commit</th><th>Code</th><th>Machine</th><th>Runs</th><th>Stale</th><th>Rows</th><th>Shown</th><th>Started, first to last</th></tr></thead>
 <tbody>
 {% for _, row in origin.iterrows() %}
-<tr><td>{{ row.notebook }}</td><td><code>{{ row.commit[:10] }}{{ '-dirty' if row.commit.endswith('-dirty') }}</code></td><td><code>{{ row.code[:10] }}</code></td>
+<tr><td>{{ row.notebook }}</td><td><code>{{ row.commit }}</code></td><td><code>{{ row.code }}</code></td>
 <td>{{ row.machine }}</td><td>{{ row.runs }}</td><td>{{ row.stale }}</td><td>{{ row.rows }}</td><td>{{ row.used }}</td><td>{{ row['first'] }} – {{ row['last'] }}</td></tr>
 {% endfor %}
 </tbody></table></div>

@@ -1,0 +1,71 @@
+"""What a report says of the edits themselves: those that did not take, those that are one edit under two names, and what is decided."""
+
+from __future__ import annotations
+
+import pandas as pd
+import pytest
+import report_cases as cases
+
+from helpers import claims, plots
+from helpers.report import edits, figures, tables
+
+
+@pytest.fixture(scope="module")
+def declared():
+    return cases.few_claims()
+
+
+@pytest.fixture(scope="module")
+def rows():
+    return cases.four_edits()
+
+
+def test_dots_are_where_the_table_says_with_their_chance_level():
+    table = pd.DataFrame([{"asked": asked, "mask": mask, "group": group, "value": value, "low": value - 0.5, "high": value + 0.1, "collapsed": mask == "b"}
+                          for asked, value in (("MCQ", 0.4), ("QA", 0.6)) for mask in ("a", "b") for group in ("forgotten", "retained")])
+    figure = plots.dot_panels(table.assign(chance=0.25), "asked", "mask", "group")
+    assert [ax.get_title() for ax in figure.axes] == ["forgotten", "retained"]
+    for ax in figure.axes:
+        assert [line.get_xdata().tolist() for line in ax.lines] == [[0.4, 0.6]] * 2
+        assert [line.get_markerfacecolor() == "white" for line in ax.lines] == [False, True]
+        segments = [segment.tolist() for collection in ax.collections for segment in collection.get_segments() if len(segment)]
+        assert min(x for segment in segments for x, _ in segment if x > -0.02) == 0 and any(segment[0][0] == segment[1][0] == 0.25 for segment in segments)
+
+
+def part_taken(rows: pd.DataFrame, mask: str) -> pd.DataFrame:
+    """As if an edit had been taken by half of the facts."""
+    half = (rows["localization"] == mask) & (rows["measure"] == "edit top1")
+    return rows.assign(value=rows["value"].mask(half, rows["fact"].isin(cases.NAMES[::2]).astype(float)))
+
+
+def test_a_report_marks_edits_that_did_not_take_and_draws_one_edit_under_two_names_once(rows):
+    again = rows[rows["localization"] == "lookup"].assign(localization="attribution MLPs", run=lambda t: "again " + t["run"])
+    both = pd.concat([part_taken(rows, "everything"), again])
+    made = edits.made(both).xs("finetune", level="method").droplevel(["model", "facts", "n"])
+    assert made.loc["lookup", "taken"] == 1 and not made.loc["lookup", "weak"] and made.loc["everything", "weak"]
+    assert list(edits.doubles(both).values()) == ["lookup"]
+    board = tables.leaderboard(both)
+    assert {"lookup = attribution MLPs", "everything †", "all MLPs"} == set(board["name"])
+    picture, = figures.pictures(next(kind for kind in figures.KINDS if kind.name == "worst"), both, {})
+    assert set(picture.table["mask"]) == set(board["name"]) and "everything" in picture.note and "lookup" not in picture.note
+    other = both.assign(value=both["value"].mask(both["run"].str.startswith("again") & (both["attack"] == "relearn lora"), 0.5))
+    assert edits.doubles(other) == {}
+
+
+def test_unlearning_takes_where_the_true_answer_is_gone(rows):
+    gone = rows.assign(method=rows["method"].replace("finetune", "npo"), value=rows["value"].mask(rows["measure"] == "forget top1", 0.0))
+    made = edits.made(gone).xs("npo", level="method")
+    assert (made["taken"] == 1).all() and not made["weak"].any()
+
+
+def test_what_was_not_run_is_not_undecided_and_decided_claims_say_when_they_hold(rows, declared):
+    rows = part_taken(rows, "lookup")
+    found = tables.verdicts(declared, rows).set_index("claim")
+    compared = claims.comparisons(declared, rows)
+    run = set(compared.loc[compared["n_facts"] > 0, "claim"])
+    assert set(found.index[found["state"] != tables.NOT_RUN]) == run
+    decided = tables.decided(declared, rows)
+    assert set(decided["claim"]) == set(found.index[found["verdict"] != "undecided"]) and (decided["verdict"] != "undecided").all()
+    shown = tables.in_words(declared, decided)
+    assert all(text.startswith(("above ", "below ")) for text in shown["holds if all of it is"])
+    assert found.loc["mcq-unlocalized", "warning"] == "the edit of the mask did not take in full (lookup: 0.50 of the facts in the trained words)"
