@@ -24,6 +24,7 @@ def line_panels(table: pd.DataFrame, x: str, hue: str, column: str, row: str | N
     """`value` against `x`, one line a `hue`, one panel for each pair of `column` and `row`; columns of the table, in its order.
 
     Lines of `muted`, controls and reference models, are grey and broken, without a band. Where `x` is text its values are put side by side.
+    Points are open where a column `collapsed` says so.
     """
     if table.empty:
         return _nothing(title)
@@ -84,6 +85,9 @@ def _line(ax, where: np.ndarray, rows: pd.DataFrame, name: str, style: dict, ban
     order = where.argsort(kind="stable")
     where, rows = where[order], rows.iloc[order]
     ax.plot(where, rows["value"], marker="o", markersize=3, linewidth=1.5, label=str(name), **style)
+    if "collapsed" in rows:
+        lost = rows["collapsed"].eq(True).to_numpy()
+        ax.scatter(where[lost], rows["value"][lost], s=20, facecolors="white", edgecolors=[style["color"]], zorder=3)
     if band and "facts_low" in rows:
         ax.fill_between(where, rows["facts_low"], rows["facts_high"], color=style["color"], alpha=0.13, linewidth=0)
 

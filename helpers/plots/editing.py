@@ -1,7 +1,8 @@
 """Edits: the spider plot, estimates by format, and trade-offs between two measures.
 
 Every table is tidy, one estimate a row: columns `measure` (or as named), `value` and, where known, `low`, `high`; `mask` (or another
-hue), and `collapsed`. An edit that collapsed is drawn with an open marker or a dashed line, and says so in the legend.
+hue), and `collapsed`. An edit that collapsed is drawn with an open marker or a dashed line, and says so in the legend, as does one that
+broke formats for facts that should stay (column `broken`).
 """
 
 from __future__ import annotations
@@ -32,7 +33,7 @@ def spider(table: pd.DataFrame, hue: str = "mask", title: str = "") -> Figure:
         shift = 0.02 * (i - (len(groups) - 1) / 2)  # so that intervals on one axis do not hide each other
         values, collapsed, colour = rows["value"].clip(0, 1).to_numpy(), _collapsed(rows), coloured[str(name)]
         ax.plot(np.append(angles, angles[0]), np.append(values, values[0]), color=colour, linewidth=1.5, linestyle="--" if collapsed else "-",
-                label=_label(name, collapsed))
+                label=_label(name, collapsed, rows))
         if "low" in rows:
             ax.vlines(angles + shift, rows["low"].clip(0, 1), rows["high"].clip(0, 1), color=colour, linewidth=2, alpha=0.75)
     ax.set_theta_offset(np.pi / 2)
@@ -57,7 +58,7 @@ def estimates(table: pd.DataFrame, row: str = "format", hue: str = "mask", xlabe
         where, collapsed = np.arange(len(rows)) + 0.7 * ((i + 0.5) / len(groups) - 0.5), _collapsed(part)
         if "low" in part:
             ax.hlines(where, part["low"], part["high"], color=colour, linewidth=1.6, alpha=0.7)
-        ax.plot(part["value"], where, "o", markersize=5, color=colour, markerfacecolor="white" if collapsed else colour, label=_label(name, collapsed))
+        ax.plot(part["value"], where, "o", markersize=5, color=colour, markerfacecolor="white" if collapsed else colour, label=_label(name, collapsed, part))
     if before is not None:
         ax.vlines(before.reindex(rows), np.arange(len(rows)) - 0.42, np.arange(len(rows)) + 0.42, color="0.55", linewidth=2, label="before")
     ax.set_yticks(range(len(rows)), rows)
@@ -88,12 +89,12 @@ def tradeoff(table: pd.DataFrame, x: str, y: str, hue: str = "mask", labels: tup
             ax.hlines(rows[y], rows["x_low"], rows["x_high"], color=colour, linewidth=1.2, alpha=0.6)
         faces = ["white" if lost else colour for lost in collapsed]
         ax.scatter(rows[x], rows[y], s=28, edgecolors=[colour], facecolors=faces, zorder=3)
-        ax.plot([], [], "o", color=colour, markerfacecolor="white" if collapsed.all() else colour, label=_label(name, collapsed.all()))
+        ax.plot([], [], "o", color=colour, markerfacecolor="white" if collapsed.all() else colour, label=_label(name, collapsed.all(), rows))
         if chosen:
             ax.scatter(rows.loc[rows[chosen], x], rows.loc[rows[chosen], y], s=130, facecolors="none", edgecolors=[colour], linewidths=1.4, zorder=3)
     if diagonal:
         ax.plot([0, 1], [0, 1], color="0.45", linestyle=":", linewidth=1.2)
-        ax.annotate(diagonal, (0.97, 0.93), ha="right", va="bottom", fontsize=8, color="0.35", rotation=36, rotation_mode="anchor")
+        ax.text(0.3, 0.31, diagonal, ha="center", va="bottom", fontsize=8, color="0.35", rotation=45, rotation_mode="anchor", transform_rotates_text=True)
         ax.set(xlim=(-0.03, 1.03), ylim=(-0.03, 1.03))
     ax.set(xlabel=labels[0] or x, ylabel=labels[1] or y, title=title)
     ax.legend(**OUTSIDE)
@@ -111,5 +112,7 @@ def _collapsed(rows: pd.DataFrame) -> bool:
     return "collapsed" in rows and bool(rows["collapsed"].fillna(False).any())
 
 
-def _label(name, collapsed: bool) -> str:
-    return f"{name} (collapsed)" if collapsed else str(name)
+def _label(name, collapsed: bool, rows: pd.DataFrame) -> str:
+    broken = next((text for text in rows["broken"].dropna() if text), "") if "broken" in rows else ""
+    marks = ["collapsed"] * bool(collapsed) + [f"broke {broken}"] * bool(broken)
+    return f"{name} ({'; '.join(marks)})" if marks else str(name)
