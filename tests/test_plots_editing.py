@@ -31,7 +31,7 @@ def test_a_spider_closes_its_lines_and_breaks_that_of_a_collapsed_edit():
 def test_formats_that_an_edit_broke_stand_in_the_legend():
     broken = TABLE.assign(broken=TABLE["mask"].map({"a": "league, venue", "b": ""}))
     for figure in (plots.spider(broken), plots.estimates(broken)):
-        assert labels(figure.axes[0]) == ["a (broke league, venue)", "b (collapsed)"]
+        assert labels(figure.axes[0]) == ["a\nbroke league, venue", "b (collapsed)"]
 
 
 def test_a_place_has_the_same_colour_in_every_figure():

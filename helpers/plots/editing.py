@@ -114,5 +114,4 @@ def _collapsed(rows: pd.DataFrame) -> bool:
 
 def _label(name, collapsed: bool, rows: pd.DataFrame) -> str:
     broken = next((text for text in rows["broken"].dropna() if text), "") if "broken" in rows else ""
-    marks = ["collapsed"] * bool(collapsed) + [f"broke {broken}"] * bool(broken)
-    return f"{name} ({'; '.join(marks)})" if marks else str(name)
+    return str(name) + " (collapsed)" * bool(collapsed) + f"\nbroke {broken}" * bool(broken)
