@@ -10,6 +10,7 @@ settings is called by name and setting, "relearn lora: 4 facts, lr 0.001, step 2
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 
 import pandas as pd
@@ -49,21 +50,28 @@ def of_evaluations(rows: pd.DataFrame, layers: Mapping[str, str] = {}, **where) 
 
 
 def estimates(long: pd.DataFrame, summary: pd.DataFrame) -> pd.DataFrame:
-    """One row a `mask` and `measure`: `stats.summary`, and `collapsed`, whether any run of the mask did, by rows of `evaluation.summarize`."""
+    """One row a `mask` and `measure`: `stats.summary`, and `collapsed`, whether any run of the mask did, by rows of `evaluation.summarize`.
+
+    By rows of `edits` also `broken`: formats, separated by commas, that retained facts lost in any run.
+    """
     collapsed = summary.groupby("mask")["collapsed"].any()
     table = stats.summary(long, by=["localization", "measure"]).rename(columns={"localization": "mask"})
-    return table.assign(collapsed=table["mask"].map(collapsed).eq(True))
+    table = table.assign(collapsed=table["mask"].map(collapsed).eq(True))
+    if "broken" not in summary:
+        return table
+    lost = summary.groupby("mask")["broken"].agg(lambda reasons: ", ".join(dict.fromkeys(re.findall(r"(\w+)_retain", "; ".join(reasons)))))
+    return table.assign(broken=table["mask"].map(lost).fillna(""))
 
 
-def costs(long: pd.DataFrame, by: Sequence[str] = ("localization",)) -> pd.DataFrame:
-    """What edits do without any attack: top-1 means of every measure by `by`, called as `evaluation.summarize` calls them, and `text_loss`.
+def costs(long: pd.DataFrame, by: Sequence[str] = ("localization",), reading: str = "top1") -> pd.DataFrame:
+    """What edits do without any attack: means of every measure by `by` in a reading, called as `evaluation.summarize` calls them, and `text_loss`.
 
     `collapse` says why the means count as a wrecked model (`evaluation.collapse`), against the unedited model (localization none)
     of the same `model`, where the rows name models; empty if they do not, or there is none. `broken` names other formats that
     retained facts have lost (`evaluation.broken`): a low score of forgotten facts means little there.
     """
-    asked = long[(long["attack"] == "none") & (long["measure"].str.endswith(" top1") | (long["measure"] == "text_loss"))]
-    asked = asked.assign(measure=asked["measure"].str.removesuffix(" top1"), model=asked["model"] if "model" in asked else "")
+    asked = long[(long["attack"] == "none") & (long["measure"].str.endswith(f" {reading}") | (long["measure"] == "text_loss"))]
+    asked = asked.assign(measure=asked["measure"].str.removesuffix(f" {reading}"), model=asked["model"] if "model" in asked else "")
     mean = lambda rows, keys: rows.groupby([*keys, "measure"], sort=False)["value"].mean().unstack()
     keys = list(dict.fromkeys([*by, "model", "localization"]))
     means, base = mean(asked, keys), mean(asked[asked["localization"] == "none"], ["model"])
@@ -73,9 +81,9 @@ def costs(long: pd.DataFrame, by: Sequence[str] = ("localization",)) -> pd.DataF
     return means.assign(collapse=why(collapse), broken=why(broken)).droplevel([name for name in keys if name not in by])
 
 
-def edits(long: pd.DataFrame, by: str = "localization") -> pd.DataFrame:
+def edits(long: pd.DataFrame, by: str = "localization", reading: str = "top1") -> pd.DataFrame:
     """`costs` of each edit: one row a `mask` and `seed`, with `collapsed`. `by="method"`: of each method, under `mask` all the same."""
-    table = costs(long, [by, "seed"]).drop(index={"localization": "none", "method": "base"}[by], level=0, errors="ignore")
+    table = costs(long, [by, "seed"], reading).drop(index={"localization": "none", "method": "base"}[by], level=0, errors="ignore")
     return table.reset_index(names=["mask", "seed"]).assign(collapsed=lambda t: t["collapse"] != "")
 
 
@@ -85,6 +93,12 @@ def over_seeds(made: pd.DataFrame) -> pd.DataFrame:
     why = lambda reasons: "; ".join(dict.fromkeys(filter(None, reasons)))
     flags = groups.agg(collapsed=("collapsed", "max"), why=("collapse", why), broken=("broken", why))
     return made.drop(columns=["seed", "collapse", "collapsed", "broken"]).groupby("mask", sort=False).mean().join(flags)
+
+
+def with_before(table: pd.DataFrame, long: pd.DataFrame, reading: str = "top1") -> pd.DataFrame:
+    """A table of `over_seeds` below a row `before`, the unedited model."""
+    base = costs(long, reading=reading).loc[["none"]].rename(index={"none": "before"}).assign(collapsed=False, why="", broken="")
+    return pd.concat([base[table.columns], table]).rename_axis("mask")
 
 
 def pooled(long: pd.DataFrame, stored: pd.DataFrame) -> pd.DataFrame:
@@ -100,6 +114,20 @@ def pooled(long: pd.DataFrame, stored: pd.DataFrame) -> pd.DataFrame:
     # every run measures the unedited model, under its own seed
     base = kept["localization"] == "none"
     return pd.concat([kept[~base], long], ignore_index=True).drop_duplicates(key, keep="last", ignore_index=True)
+
+
+def at_hand(long: pd.DataFrame, stored: pd.DataFrame, run: str) -> pd.DataFrame:
+    """Those of `pooled`, and the stored rows of whatever else was done to the same facts of the same models; one row a value.
+
+    `run`: of rows that name none, those made here. `stale` is False there.
+    """
+    same = ["model", "facts", "method", "localization"]
+    asked = stored[stored["model"].isin(long["model"]) & stored["facts"].isin(long["facts"]) & (stored["localization"] != "none")]
+    elsewhere = ~pd.MultiIndex.from_frame(asked[same]).isin(pd.MultiIndex.from_frame(long[same]))
+    others = asked[elsewhere].drop_duplicates([*same, "seed", "attack", "fact", "measure"], keep="last")
+    rows = pd.concat([others, long], ignore_index=True)
+    own = {"run": run} if "run" not in rows else {"run": rows["run"].fillna(run)}
+    return rows.assign(**own, stale=rows["stale"].eq(True) if "stale" in rows else False)
 
 
 def drift(made: pd.DataFrame, stored: pd.DataFrame) -> pd.DataFrame:

@@ -7,7 +7,8 @@ The masks are those that `localization.choices` makes for the facts to forget. A
 and forget weight, on practice facts of which no final number is measured (`practice`). Every trial is stored as soon as it is
 done, in `<folder>/trials`, so that a killed search goes on and a repeated one does nothing; all trials of a mask are in
 `<folder>/<model>/<task>/<mask>.parquet`. The point with the highest score `ours` (`unlearning.scores`) goes into a file of its own,
-`data/tuned/<model>/<task>/<mask>.yaml`, with how it was found; `helpers.presets` reads it, and names the tasks.
+`data/tuned/<model>/<task>/<mask>.yaml`, with how it was found; `helpers.presets` reads it, and names the tasks. The trials go
+into `data/trials/<model>-<task>-masks.csv`, where those of other masks stay; `read_trials` reads it.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, replace
 from pathlib import Path
 
+import pandas as pd
 import yaml
 
 from helpers import metrics, presets, provenance, sources, splits
@@ -35,6 +37,9 @@ from helpers.unlearning.tuning import FINETUNE, Log, Tuned, TuningError
 HEADER = "# Written by `python -m helpers.tuned`: the best of as many trials as other masks got, on practice facts.\n"
 N_TEXTS = 50  # general texts that a trial is read on
 MOST_READ = 64  # practice facts of a whole answer that a trial is read on
+TRIALS = presets.TUNED.parent / "trials"
+SHOWN = ["mask", "trial", *FINETUNE, "forget", "edit", "retain", "mcq_forget", "mcq_edit", "mcq_retain", "text_loss", "collapsed",
+         "success", "harm", "ours"]  # of a trial, in the table of all
 
 
 def practice(split: Split) -> tuple[Split, dict]:
@@ -84,6 +89,30 @@ def keep(model: str, task: str, found: Sequence[Tuned], settings: Settings, abou
         provenance.write_text(place, HEADER + yaml.safe_dump({**fixed, **best, "provenance": said}, sort_keys=True, allow_unicode=True))
 
 
+def trials_file(model: str, task: str, folder: Path = TRIALS) -> Path:
+    """Where the trials of all masks are kept, whether or not there are any."""
+    return Path(folder) / f"{Path(presets.identify(model) or model).name}-{task}-masks.csv".replace(" ", "-")
+
+
+def keep_trials(model: str, task: str, trials: pd.DataFrame, folder: Path = TRIALS) -> Path:
+    """Write trials to their file in one step, to four digits; those of masks that are not among them stay there."""
+    path, table = trials_file(model, task, folder), trials.reindex(columns=SHOWN)
+    if path.is_file():
+        there = pd.read_csv(path)
+        table = pd.concat([there[~there["mask"].isin(table["mask"])], table], ignore_index=True)
+    provenance.write_atomic(path, lambda temporary: table.to_csv(temporary, index=False, float_format="%.4g"))
+    return path
+
+
+def read_trials(model: str, task: str, masks: Sequence[str], folder: Path = TRIALS) -> pd.DataFrame:
+    """The trials kept for these masks, in their order, with `chosen`, the one with the highest score; no rows where there are none."""
+    path = trials_file(model, task, folder)
+    table = pd.read_csv(path) if path.is_file() else pd.DataFrame(columns=SHOWN)
+    table = table[table["mask"].isin(masks)].sort_values("mask", key=lambda mask: mask.map(list(masks).index), kind="stable")
+    best = table.dropna(subset="ours").groupby("mask")["ours"].idxmax()
+    return table.assign(chosen=table.index.isin(best)).reset_index(drop=True)
+
+
 def _group(options: argparse.Namespace, names: Sequence[str]) -> tuple[str, str, list[Tuned], Settings, dict]:
     """The search for some of the masks, from the names of model and facts on: one process's work."""
     model = load_model(options.model, options.dtype, options.device)
@@ -126,6 +155,7 @@ def _arguments() -> argparse.ArgumentParser:
     parser.add_argument("--dtype", choices=["float32", "bfloat16"], help="of the weights (default: float32 on a CPU, bfloat16 on a GPU)")
     parser.add_argument("--folder", type=Path, default=Path("runs/tuning"), help="where trials are stored")
     parser.add_argument("--kept", type=Path, default=presets.TUNED, help="folder where the best points are kept")
+    parser.add_argument("--out", type=Path, default=TRIALS, help="folder for the table of all trials")
     return parser
 
 
@@ -145,6 +175,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 done = list(pool.map(_group, [options] * len(groups), groups))
         for model, task, found, settings, about in done:
             keep(model, task, found, settings, about, options.kept)
+            keep_trials(model, task, pd.concat([t.trials for t in found]), options.out)
             print("\n".join(f"{model}, {task}, {t.mask}: {t.best()}, score {t.trials['ours'].max():.3f}" for t in found))
     except ValueError as error:
         print(error, file=sys.stderr)

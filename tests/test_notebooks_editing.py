@@ -56,7 +56,7 @@ def test_unlearning(tmp_path):
     assert value["none", "base", "forget top1"] >= 0.95
     everything = value["everything"]
     assert everything["unlearn", "forget probability"] <= 0.5 and everything["finetune", "edit top1"] >= 0.5
-    sequence = found[(found["method"] == "sequential") & (found["measure"] == "edit top1")]
+    sequence = found[(found["method"] == "sequential, 2 slices") & (found["measure"] == "edit top1")]
     assert sequence["fact"].nunique() == 16 and sequence["value"].mean() >= 0.5
     assert any(claim.startswith("the first slice survives") for claim in checks)
 

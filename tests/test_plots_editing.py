@@ -28,6 +28,12 @@ def test_a_spider_closes_its_lines_and_breaks_that_of_a_collapsed_edit():
         plots.spider(TABLE[TABLE["measure"] != "z"])
 
 
+def test_formats_that_an_edit_broke_stand_in_the_legend():
+    broken = TABLE.assign(broken=TABLE["mask"].map({"a": "league, venue", "b": ""}))
+    for figure in (plots.spider(broken), plots.estimates(broken)):
+        assert labels(figure.axes[0]) == ["a\nbroke league, venue", "b (collapsed)"]
+
+
 def test_a_place_has_the_same_colour_in_every_figure():
     colour = lambda figure: {line.get_label().removesuffix(" (collapsed)"): line.get_color() for line in figure.axes[0].lines}
     two = TABLE.replace({"mask": {"a": "everything", "b": "lookup"}})

@@ -98,6 +98,29 @@ def test_stored_rows_of_the_same_edits_are_added_and_none_counts_twice(evaluated
     pd.testing.assert_frame_equal(results.pooled(here, rows[:0]), here.reset_index(drop=True))
 
 
+def test_all_stored_edits_of_the_same_facts_are_at_hand(evaluated):
+    both = pd.concat([evaluated, evaluated.assign(method="base", mask="none")])
+    here = results.of_evaluations(both, {"lookup": "2 3"}, facts="athletes first-16", n=cases.N_FORGET).assign(model="a")
+    edit = here[here["localization"] == "lookup"].assign(run="old", stale=True)
+    rival = edit.assign(localization="everything")
+    other = [rival.assign(facts="world first-16"), rival.assign(model="b"), edit.assign(layers="5 6", seed=4), rival.assign(value=5.0), rival]
+    found = results.at_hand(here, pd.concat(other), "new")
+    assert len(found) == len(here) + len(rival) and not found["value"].eq(5.0).any()
+    assert found.groupby("localization")["stale"].all().to_dict() == {"everything": True, "lookup": False, "none": False}
+    assert set(found.loc[found["stale"], "run"]) == {"old"} and set(found.loc[~found["stale"], "run"]) == {"new"}
+    assert not results.at_hand(here, pd.concat(other)[:0], "new")["stale"].any()
+
+
+def test_a_table_begins_with_the_unedited_model_in_either_reading(evaluated):
+    rows = pd.concat([evaluated.assign(method="base", mask="none", seed=0), evaluated])
+    long = results.of_evaluations(rows, facts="athletes first-16", n=cases.N_FORGET)
+    for reading in evaluation.READINGS:
+        table = results.with_before(results.over_seeds(results.edits(long, reading=reading)), long, reading)
+        wide = evaluation.summarize(evaluated, evaluated).set_index("reading").loc[reading]
+        assert list(table.index) == ["before", "lookup"] and not table["collapsed"].any()
+        assert table["mcq_edit"].tolist() == pytest.approx([wide["mcq_edit"]] * 2)
+
+
 def test_a_mask_of_the_same_name_in_other_layers_is_another_mask(evaluated):
     named = [results.of_evaluations(evaluated.assign(mask=name), {name: "2 3"}, facts="athletes first-16", n=cases.N_FORGET) for name in ("lookup", "random MLPs")]
     here = pd.concat(named).assign(model="a")

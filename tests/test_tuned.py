@@ -45,7 +45,8 @@ def asked(tmp_path_factory):
         writer.writerows([f.subject, "sport", f.answer, f.edit, ""] for f in facts.load()[:cases.N_FACTS])
         writer.writerow(["Tiger Woods", "sport", "golf", "", "example"])
     return [str(home / "small"), "--facts", str(home / "my-athletes.csv"), "--forget", "first-16", "--masks", "lookup,all MLPs", "--lookup", "1",
-            "--trials", "2", "--steps", "3", "--batch", "16", "--folder", str(home / "trials"), "--kept", str(home / "kept")], home
+            "--trials", "2", "--steps", "3", "--batch", "16", "--folder", str(home / "trials"), "--kept", str(home / "kept"),
+            "--out", str(home / "tables")], home
 
 
 @pytest.fixture(scope="module")
@@ -93,6 +94,22 @@ def test_a_search_done_again_makes_no_edit_and_the_same_file(asked, done, monkey
     monkeypatch.setattr(tuning, "finetune", lambda *a, **k: pytest.fail("a trial was made again"))
     assert tuned.main(asked[0]) == 0
     assert len(files) >= 2 and [file.read_bytes() for file in files] == before
+
+
+def test_all_trials_are_kept_in_one_table_beside_those_of_other_masks(done, tmp_path):
+    read_trials = lambda *masks: tuned.read_trials(str(done / "small"), TASK, masks, done / "tables")
+    table = read_trials("all MLPs", "lookup")
+    assert table["mask"].tolist() == ["all MLPs"] * 2 + ["lookup"] * 2 and table.groupby("mask")["chosen"].sum().eq(1).all()
+    for name in ("lookup", "all MLPs"):
+        best = table[(table["mask"] == name) & table["chosen"]].iloc[0]
+        assert best["learning_rate"] == pytest.approx(read(done / "kept", TASK, name)["learning_rate"], rel=1e-3)
+    first, second = (table[table["mask"] == name].drop(columns="chosen") for name in ("lookup", "all MLPs"))
+    tuned.keep_trials("small", TASK, first, tmp_path)
+    tuned.keep_trials("small", TASK, second, tmp_path)
+    tuned.keep_trials("small", TASK, first.assign(edit=0.5), tmp_path)
+    again = tuned.read_trials("small", TASK, ["lookup", "all MLPs", "random"], tmp_path)
+    assert len(again) == 4 and again.loc[again["mask"] == "lookup", "edit"].eq(0.5).all()
+    assert tuned.read_trials("small", TASK, ["random"], tmp_path).empty and tuned.read_trials("nobody", TASK, ["lookup"], tmp_path).empty
 
 
 @pytest.mark.slow

@@ -112,7 +112,7 @@ def tradeoff(table: pd.DataFrame, x: str, y: str, hue: str = "mask", labels: tup
             ax.scatter(rows.loc[rows[chosen], x], rows.loc[rows[chosen], y], s=130, facecolors="none", edgecolors=[colour], linewidths=1.4, zorder=3)
     if diagonal:
         ax.plot([0, 1], [0, 1], color="0.45", linestyle=":", linewidth=1.2)
-        ax.annotate(diagonal, (0.97, 0.93), ha="right", va="bottom", fontsize=8, color="0.35", rotation=36, rotation_mode="anchor")
+        ax.text(0.3, 0.31, diagonal, ha="center", va="bottom", fontsize=8, color="0.35", rotation=45, rotation_mode="anchor", transform_rotates_text=True)
         ax.set(xlim=(-0.03, 1.03), ylim=(-0.03, 1.03))
     ax.set(xlabel=labels[0] or x, ylabel=labels[1] or y, title=title)
     ax.legend(**OUTSIDE)
