@@ -16,7 +16,8 @@ import pandas as pd
 
 from helpers import stats
 from helpers.attacks.depth import depth_score
-from helpers.attacks.headline import LEVELS, worst_case
+from helpers.attacks.headline import LEVELS, SPOKEN, worst_case
+from helpers.attacks.latent import upper_layers
 from helpers.attacks.rows import AttackError
 from helpers.splits import Split
 from helpers.unlearning.evaluation import READINGS, broken, collapse, measure_names
@@ -26,6 +27,10 @@ COLUMNS = ["facts", "n", "seed", "localization", "layers", "method", "attack", "
 ATTACKS = {"relearn lora": "all facts, lr 0.002, step 20 of 20", "relearn full": "all facts, lr 0.001, step 20 of 20",
            "soft prompt": "10 vectors, restart 0, step 60 of 60"}
 PROBED = ("probe", "last")  # attack and position of probe_true
+# one number for each kind of attack, as figures call it → attack and measure
+SHOWN = {"asked, worst case": ("worst: answers", "forget top1"), "relearned by LoRA": ("relearn lora", "forget top1"),
+         "relearned, all weights": ("relearn full", "forget top1"), "soft prompt": ("soft prompt", "forget top1"),
+         "probe, upper layers": ("probe", "probe_true top1"), "worst case, model answers": (f"worst: {SPOKEN}", "forget top1")}
 LOCALIZE = "localize"  # the method of rows that say where a mask lies
 BRIEF = ("quantise", "prune", "noise", "undo", "interpolate")  # of many settings each: only top-1, so that hundreds of runs stay small
 
@@ -102,6 +107,22 @@ def pooled(long: pd.DataFrame, stored: pd.DataFrame) -> pd.DataFrame:
     return pd.concat([kept[~base], long], ignore_index=True).drop_duplicates(key, keep="last", ignore_index=True)
 
 
+def at_hand(long: pd.DataFrame, stored: pd.DataFrame) -> pd.DataFrame:
+    """`pooled`, and the stored rows of the same models, facts and methods for masks of which `long` has none: all that claims can be judged by."""
+    same = ["model", "facts", "method"]
+    rest = stored.merge(long[same].drop_duplicates()) if len(stored) else stored
+    rest = rest[~rest["localization"].isin(long["localization"])] if len(rest) else rest
+    key = [*same, "localization", "seed", "attack", "fact", "measure"]
+    return pd.concat([rest, pooled(long, stored)], ignore_index=True).drop_duplicates(key, keep="last", ignore_index=True)
+
+
+def after_attacks(long: pd.DataFrame) -> pd.DataFrame:
+    """The rows of edits that SHOWN names, each with its `label`; in the order of SHOWN."""
+    edited = long[long["localization"] != "none"]
+    parts = [edited[(edited["attack"] == attack) & (edited["measure"] == measure)].assign(label=label) for label, (attack, measure) in SHOWN.items()]
+    return pd.concat(parts, ignore_index=True)
+
+
 def drift(made: pd.DataFrame, stored: pd.DataFrame) -> pd.DataFrame:
     """Means over facts of edits made twice, in the same place with the same seed: `here`, `stored` and their `difference`.
 
@@ -172,12 +193,10 @@ def _names(part: pd.DataFrame) -> pd.Series:
 def _probed(rows: pd.DataFrame) -> pd.DataFrame:
     """Per fact the share of the layers in the upper two thirds at which a probe at the last token reads the true answer."""
     attack, position = PROBED
-    part = rows[(rows["attack"] == attack) & (rows["control"] == "") & (rows["group"] == "forget")]
-    if part.empty:
+    shares = upper_layers(rows, position=position)
+    if shares.empty:
         return pd.DataFrame()
-    part = part[(part["position"] == position) & (part["layer"] > part["layer"].max() / 3)]
-    shares = part.assign(fact=_facts(part)).groupby("fact", sort=False)[list(f"{c}_true" for c in READINGS.values())].mean()
-    tables = [pd.DataFrame({"fact": shares.index, "measure": f"probe_true {reading}", "value": shares[f"{column}_true"].to_numpy()})
+    tables = [pd.DataFrame({"fact": _facts(shares), "measure": f"probe_true {reading}", "value": shares[f"{column}_true"]})
               for reading, column in READINGS.items()]
     return pd.concat(tables).assign(attack=attack, setting=f"{position}, upper two thirds")
 

@@ -23,12 +23,14 @@ def line_panels(table: pd.DataFrame, x: str, hue: str, column: str, row: str | N
                 chance: float | None = None, xlabel: str = "", ylabel: str = "", title: str = "") -> Figure:
     """`value` against `x`, one line a `hue`, one panel for each pair of `column` and `row`; columns of the table, in its order.
 
-    Lines of `muted`, controls and reference models, are grey and broken, without a band. Where `x` is text its values are put side by side.
+    Lines of `muted`, controls and reference models, are grey and broken, without a band. Where `x` is text its values are put side by side,
+    and at each of them the points of the lines, with error bars, so that equal ones do not hide each other.
     """
     if table.empty:
         return _nothing(title)
     columns, rows = (list(dict.fromkeys(table[name])) if name else [""] for name in (column, row))
-    coloured = colours(h for h in table[hue] if h not in muted)
+    coloured, lines = colours(h for h in table[hue] if h not in muted), list(dict.fromkeys(table[hue]))
+    step = min(0.12, 0.7 / len(lines))
     width = min(3.3, WIDEST / len(columns))
     numeric = pd.api.types.is_numeric_dtype(table[x])
     figure, axes = canvas(len(columns), len(rows), width=width, height=2.5, squeeze=False, sharey=True, sharex=numeric)
@@ -36,9 +38,9 @@ def line_panels(table: pd.DataFrame, x: str, hue: str, column: str, row: str | N
         part = table[(table[column] == columns[j]) & (True if row is None else table[row] == rows[i])]
         ticks = list(dict.fromkeys(part[x]))
         for name, line in part.groupby(hue, sort=False):
-            where = line[x].astype(float) if numeric else line[x].map(ticks.index)
+            where = line[x].astype(float) if numeric else line[x].map(ticks.index) + (lines.index(name) - (len(lines) - 1) / 2) * step
             style = MUTED[muted.index(name) % len(MUTED)] if name in muted else {"color": coloured[str(name)]}
-            _line(ax, where.to_numpy(), line, name, style, band=name not in muted)
+            _line(ax, where.to_numpy(), line, name, style, "" if name in muted else "band" if numeric else "bars")
         _levels(ax, chance, labelled=(i, j) == (0, 0))
         if not numeric:
             ax.set_xticks(range(len(ticks)), ticks, rotation=30, ha="right", fontsize=8)
@@ -80,11 +82,13 @@ def access_bars(table: pd.DataFrame, hue: str = "mask", chance: float | None = N
     return figure
 
 
-def _line(ax, where: np.ndarray, rows: pd.DataFrame, name: str, style: dict, band: bool) -> None:
+def _line(ax, where: np.ndarray, rows: pd.DataFrame, name: str, style: dict, interval: str) -> None:
     order = where.argsort(kind="stable")
     where, rows = where[order], rows.iloc[order]
     ax.plot(where, rows["value"], marker="o", markersize=3, linewidth=1.5, label=str(name), **style)
-    if band and "facts_low" in rows:
+    if interval == "bars" and "facts_low" in rows:
+        ax.vlines(where, rows["facts_low"], rows["facts_high"], color=style["color"], alpha=0.6, linewidth=1.2)
+    elif interval == "band" and "facts_low" in rows:
         ax.fill_between(where, rows["facts_low"], rows["facts_high"], color=style["color"], alpha=0.13, linewidth=0)
 
 

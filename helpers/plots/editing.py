@@ -48,8 +48,9 @@ def spider(table: pd.DataFrame, hue: str = "mask", title: str = "") -> Figure:
     return figure
 
 
-def estimates(table: pd.DataFrame, row: str = "format", hue: str = "mask", xlabel: str = "", title: str = "", before: pd.Series | None = None) -> Figure:
-    """Dots with intervals, one line a `row`, one colour a `hue`. `before` (by row): the unedited model, as a grey bar."""
+def estimates(table: pd.DataFrame, row: str = "format", hue: str = "mask", xlabel: str = "", title: str = "", before: pd.Series | None = None,
+              chance: float | None = None) -> Figure:
+    """Dots with intervals, one line a `row`, one colour a `hue`. `before` (by row): the unedited model, as a grey bar. `chance`: a dotted line."""
     rows, groups, coloured = list(dict.fromkeys(table[row])), list(table.groupby(hue, sort=False)), colours(table[hue])
     figure, ax = canvas(width=6.8, height=0.8 + len(rows) * max(0.32, 0.13 * len(groups)))
     for i, (name, part) in enumerate(groups):
@@ -60,6 +61,8 @@ def estimates(table: pd.DataFrame, row: str = "format", hue: str = "mask", xlabe
         ax.plot(part["value"], where, "o", markersize=5, color=colour, markerfacecolor="white" if collapsed else colour, label=_label(name, collapsed))
     if before is not None:
         ax.vlines(before.reindex(rows), np.arange(len(rows)) - 0.42, np.arange(len(rows)) + 0.42, color="0.55", linewidth=2, label="before")
+    if chance is not None:
+        ax.axvline(chance, color="0.45", linestyle=":", linewidth=1.2, label=f"chance {chance:.2f}")
     ax.set_yticks(range(len(rows)), rows)
     ax.set(xlim=(-0.02, 1.02), ylim=(len(rows) - 0.5, -0.5), xlabel=xlabel, title=title)
     ax.grid(axis="y", visible=False)
