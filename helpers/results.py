@@ -17,7 +17,8 @@ import pandas as pd
 
 from helpers import stats
 from helpers.attacks.depth import depth_score
-from helpers.attacks.headline import LEVELS, worst_case
+from helpers.attacks.headline import LEVELS, SPOKEN, worst_case
+from helpers.attacks.latent import upper_layers
 from helpers.attacks.rows import AttackError
 from helpers.splits import Split
 from helpers.unlearning.evaluation import READINGS, broken, collapse, measure_names
@@ -27,6 +28,10 @@ COLUMNS = ["facts", "n", "seed", "localization", "layers", "method", "attack", "
 ATTACKS = {"relearn lora": "all facts, lr 0.002, step 20 of 20", "relearn full": "all facts, lr 0.001, step 20 of 20",
            "soft prompt": "10 vectors, restart 0, step 60 of 60"}
 PROBED = ("probe", "last")  # attack and position of probe_true
+# one number for each kind of attack, as figures call it → attack and measure
+SHOWN = {"asked, worst case": ("worst: answers", "forget top1"), "relearned by LoRA": ("relearn lora", "forget top1"),
+         "relearned, all weights": ("relearn full", "forget top1"), "soft prompt": ("soft prompt", "forget top1"),
+         "probe, upper layers": ("probe", "probe_true top1"), "worst case, model answers": (f"worst: {SPOKEN}", "forget top1")}
 LOCALIZE = "localize"  # the method of rows that say where a mask lies
 BRIEF = ("quantise", "prune", "noise", "undo", "interpolate")  # of many settings each: only top-1, so that hundreds of runs stay small
 
@@ -116,18 +121,26 @@ def pooled(long: pd.DataFrame, stored: pd.DataFrame) -> pd.DataFrame:
     return pd.concat([kept[~base], long], ignore_index=True).drop_duplicates(key, keep="last", ignore_index=True)
 
 
-def at_hand(long: pd.DataFrame, stored: pd.DataFrame, run: str) -> pd.DataFrame:
-    """Those of `pooled`, and the stored rows of whatever else was done to the same facts of the same models; one row a value.
+def at_hand(long: pd.DataFrame, stored: pd.DataFrame, run: str = "") -> pd.DataFrame:
+    """`pooled`, and the stored rows of other masks of the same models, facts and methods: all that claims can be judged by; one row a value.
 
     `run`: of rows that name none, those made here. `stale` is False there.
     """
     same = ["model", "facts", "method", "localization"]
-    asked = stored[stored["model"].isin(long["model"]) & stored["facts"].isin(long["facts"]) & (stored["localization"] != "none")]
-    elsewhere = ~pd.MultiIndex.from_frame(asked[same]).isin(pd.MultiIndex.from_frame(long[same]))
-    others = asked[elsewhere].drop_duplicates([*same, "seed", "attack", "fact", "measure"], keep="last")
-    rows = pd.concat([others, long], ignore_index=True)
+    here = long[same].drop_duplicates()
+    asked = stored.merge(here[same[:3]].drop_duplicates())
+    asked = asked[(asked["localization"] != "none") & ~pd.MultiIndex.from_frame(asked[same]).isin(pd.MultiIndex.from_frame(here))]
+    others = asked.drop_duplicates([*same, "seed", "attack", "fact", "measure"], keep="last")
+    rows = pd.concat([others, pooled(long, stored)], ignore_index=True)
     own = {"run": run} if "run" not in rows else {"run": rows["run"].fillna(run)}
     return rows.assign(**own, stale=rows["stale"].eq(True) if "stale" in rows else False)
+
+
+def after_attacks(long: pd.DataFrame) -> pd.DataFrame:
+    """The rows of edits that SHOWN names, each with its `label`; in the order of SHOWN."""
+    edited = long[long["localization"] != "none"]
+    parts = [edited[(edited["attack"] == attack) & (edited["measure"] == measure)].assign(label=label) for label, (attack, measure) in SHOWN.items()]
+    return pd.concat(parts, ignore_index=True)
 
 
 def drift(made: pd.DataFrame, stored: pd.DataFrame) -> pd.DataFrame:
@@ -200,12 +213,10 @@ def _names(part: pd.DataFrame) -> pd.Series:
 def _probed(rows: pd.DataFrame) -> pd.DataFrame:
     """Per fact the share of the layers in the upper two thirds at which a probe at the last token reads the true answer."""
     attack, position = PROBED
-    part = rows[(rows["attack"] == attack) & (rows["control"] == "") & (rows["group"] == "forget")]
-    if part.empty:
+    shares = upper_layers(rows, position=position)
+    if shares.empty:
         return pd.DataFrame()
-    part = part[(part["position"] == position) & (part["layer"] > part["layer"].max() / 3)]
-    shares = part.assign(fact=_facts(part)).groupby("fact", sort=False)[list(f"{c}_true" for c in READINGS.values())].mean()
-    tables = [pd.DataFrame({"fact": shares.index, "measure": f"probe_true {reading}", "value": shares[f"{column}_true"].to_numpy()})
+    tables = [pd.DataFrame({"fact": _facts(shares), "measure": f"probe_true {reading}", "value": shares[f"{column}_true"]})
               for reading, column in READINGS.items()]
     return pd.concat(tables).assign(attack=attack, setting=f"{position}, upper two thirds")
 

@@ -67,6 +67,7 @@ def test_a_format_in_which_the_edit_wrecked_the_model_is_no_evidence():
     found = worst(table("prompt", "QA", .5, .95, format="qa"), table("prompt", "capitalised", 1.0, .4, format="capitalised"),
                   table("prompt", "MCQ", 1.0, counts=False, format="mcq"))
     assert (found["recovered"] == .5).all() and set(found["setting"]) == {"QA"}
+    assert found.attrs["left_out"] == ["prompt: MCQ, capitalised"]  # what was dropped is said, although asking has other ways
 
 
 def test_the_gate_of_a_format_holds_for_every_attack():
@@ -119,6 +120,12 @@ def test_every_attack_belongs_to_one_level():
     assert set(LEVELS[SPOKEN]) == {*ACCESS["answers"], *ACCESS["training"], *ACCESS["weights"]}
 
 
+def test_the_worst_case_stands_beside_the_same_without_the_filter():
+    rows = pd.concat([UNTOUCHED, table("prompt", "QA", .25), table("prompt", "capitalised", 1.0, .2, format="capitalised")], ignore_index=True)
+    found = attacks.by_access(rows, cases.a_split()).set_index("access").loc["answers"]
+    assert (found["recovered"], found["unfiltered"], found["left_out"]) == (.25, 1.0, "prompt: capitalised")
+
+
 def test_levels_without_attacks_are_not_there():
     found = attacks.by_access(pd.concat([UNTOUCHED, table("probe", "a", .5)], ignore_index=True), cases.a_split())
     assert found["access"].tolist() == ["activations"]
@@ -132,6 +139,12 @@ def test_guessing_is_right_as_often_as_the_commonest_answer_is_true():
     assert attacks.majority(given.forget, given) == counts.most_common(1)[0][1] / sum(counts.values())
     other = given.forget.where(lambda f: f.answer == counts.most_common()[-1][0])
     assert attacks.majority(other, given) == 1
+
+
+def test_guessing_in_multiple_choice_is_one_of_four_letters():
+    given = cases.a_split()
+    assert attacks.guessing(given.forget, given, "mcq") == .25
+    assert attacks.guessing(given.forget, given, "qa") == attacks.majority(given.forget, given)
 
 
 def test_floors():

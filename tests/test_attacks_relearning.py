@@ -164,3 +164,18 @@ def test_curves_are_named_by_what_was_shown_and_leave_the_controls_trainings_out
     unseen = {f.subject for f in cases.a_split().attack_test}
     assert set(named[named["curve"] == "forgotten"]["subject"]) == unseen
     assert not set(named[named["curve"] == "invented names"]["subject"]) & {f.subject for f in cases.a_split().forget}
+
+
+def test_gains_compare_what_training_changed_with_the_control_where_both_are():
+    def curve(name, dose, starts, ends):
+        return [{"mask": "lookup", "dose": dose, "curve": name, "subject": f"{name} {i}", "relation": "sport", "step": step, "top_true": value}
+                for step, values in ((0, starts), (20, ends)) for i, value in enumerate(values)]
+
+    rows = pd.DataFrame(curve("forgotten", "high", [0, 0, 0, 0], [1, 1, 0, 1]) + curve(CONTROL, "high", [1, 0, 1, 0], [1, 0, 1, 1])
+                        + curve("forgotten", "low", [0] * 4, [0] * 4) + curve("shown", "high", [0] * 4, [1] * 4))
+    found = attacks.gains(rows).set_index("compared")
+    assert set(found["dose"]) == {"high"} and found["forgotten"].to_dict() == {"before": 0, "after": .75, "change": .75}
+    assert found[CONTROL].to_dict() == {"before": .5, "after": .75, "change": .25}
+    assert (found["difference"] == found["forgotten"] - found[CONTROL]).all() and (found["low"] < found["difference"]).all()
+    assert found.loc["after", "low"] < 0 < found.loc["after", "high"]
+    assert attacks.gains(rows[rows["curve"] == "forgotten"]).empty

@@ -96,11 +96,11 @@ def test_checks_that_hold_for_every_model(folder):
     assert any(claim.startswith("no edit collapses") for claim in checks)
 
 
-def test_claims_read_the_rows_and_a_quick_run_decides_none(rows, stored):
+def test_claims_read_the_rows_and_none_is_about_so_few_facts(rows, stored):
     declared = claims.load()
     judged = claims.verdict(declared, stored)
     assert set(judged["verdict"]) == {"undecided"}
-    assert set(rows[rows["measure"] == "verdict"]["claim"]) == {c.id for c in declared.claims if c.family == "robustness"}
+    assert "verdict" not in set(rows["measure"])  # claims of the family are about other facts than these 16
 
 
 def test_figures(folder):

@@ -32,6 +32,22 @@ def test_doses_that_are_text_stand_side_by_side_in_each_panel():
     assert labels == [["int8", "nf4"], ["10%"]] * 2
 
 
+def test_equal_lines_over_text_do_not_hide_each_other():
+    table = pd.DataFrame([{"attack": "prune", "change": c, "mask": m, "value": 0.0, "facts_low": 0.0, "facts_high": 0.1}
+                          for c in ("10%", "30%") for m in ("lookup", "everything")])
+    lines = [line for line in plots.line_panels(table, "change", "mask", "attack").axes[0].lines if line.get_label() in ("lookup", "everything")]
+    one, other = (line.get_xdata() for line in lines)
+    assert (one < other).all() and (other - one < 0.5).all()
+
+
+def test_ways_of_asking_stand_beside_retained_facts_and_their_own_chance():
+    table = pd.DataFrame([{"format": f, "group": g, "accuracy": 0.1, "low": 0.0, "high": 0.3, "kept": kept, "chance": chance}
+                          for f, chance in (("QA", 0.4), ("MCQ", 0.25)) for g, kept in (("lookup", 0.9), ("everything", 0.0))])
+    ax = plots.format_bars(table).axes[0]
+    drawn = {tuple(line.get_xdata()) for line in ax.lines if line.get_marker() == "o" and len(line.get_xdata())}
+    assert drawn == {(0.9, 0.9), (0.0, 0.0)} and {"retained facts", "chance"} <= set(ax.get_legend_handles_labels()[1])
+
+
 def test_bars_are_the_worst_cases_with_the_model_left_alone_beside_them():
     table = pd.DataFrame([{"access": access, "mask": mask, "recovered": value, "low": value - 0.1, "high": value + 0.1, "untouched": 0.05}
                           for access in ("answers", "training") for mask, value in (("lookup", 0.2), ("everything", 0.6))])

@@ -121,6 +121,24 @@ def test_a_table_begins_with_the_unedited_model_in_either_reading(evaluated):
         assert table["mcq_edit"].tolist() == pytest.approx([wide["mcq_edit"]] * 2)
 
 
+def test_claims_are_judged_by_stored_masks_that_were_not_edited_here_too(evaluated):
+    both = pd.concat([evaluated, evaluated.assign(method="base", mask="none")])
+    here = results.of_evaluations(both, facts="athletes first-16", n=cases.N_FORGET).assign(model="a")
+    edited = here[here["localization"] == "lookup"]
+    other = edited.assign(localization="random", value=2.0)
+    elsewhere = [other.assign(**{name: value}) for name, value in (("model", "b"), ("facts", "world first-16"), ("method", "sequential"))]
+    found = results.at_hand(here, pd.concat([other, other, *elsewhere, here.assign(value=3.0)]))
+    assert len(found) == len(here) + len(other) and not found["value"].eq(3.0).any()
+    assert found.loc[found["localization"] == "random", "value"].eq(2.0).all()
+
+
+def test_after_attacks_takes_the_named_attacks_of_edits(attacked):
+    long = results.of_attacks(attacked, cases.a_split(), seed=0, **WHERE)
+    found = results.after_attacks(pd.concat([long, long.assign(localization="none")]))
+    assert set(found["localization"]) == {WHERE["localization"]} and not found.duplicated(["label", "fact"]).any()
+    assert {"relearned by LoRA", "probe, upper layers", "worst case, model answers"} <= set(found["label"]) <= set(results.SHOWN)
+
+
 def test_a_mask_of_the_same_name_in_other_layers_is_another_mask(evaluated):
     named = [results.of_evaluations(evaluated.assign(mask=name), {name: "2 3"}, facts="athletes first-16", n=cases.N_FORGET) for name in ("lookup", "random MLPs")]
     here = pd.concat(named).assign(model="a")

@@ -28,10 +28,10 @@ from functools import partial
 import pandas as pd
 
 from helpers.attacks.depth import depth_score, patch
-from helpers.attacks.headline import ACCESS, by_access, by_setting, majority, summarise, worst_case
-from helpers.attacks.latent import probe
+from helpers.attacks.headline import ACCESS, by_access, by_setting, guessing, majority, summarise, worst_case
+from helpers.attacks.latent import probe, upper_layers
 from helpers.attacks.prompting import gate, prompt, questions
-from helpers.attacks.relearning import PUBLISHED, curves, dose_response, relearn, relearn_text
+from helpers.attacks.relearning import PUBLISHED, curves, dose_response, gains, relearn, relearn_text
 from helpers.attacks.rows import AttackError, swapped, untouched
 from helpers.attacks.soft_prompts import SETTINGS as SOFT
 from helpers.attacks.soft_prompts import soft_prompt
@@ -42,8 +42,8 @@ from helpers.splits import Split
 from helpers.unlearning.edit import Edit
 
 __all__ = ["ACCESS", "ATTACKS", "PROFILES", "Attack", "AttackError", "by_access", "by_setting", "curves", "depth_score", "dose_response",
-           "gate", "interpolate", "majority", "noise", "patch", "probe", "prompt", "prune", "quantise", "questions", "relearn",
-           "relearn_text", "run", "soft_prompt", "summarise", "swapped", "undo", "untouched", "worst_case"]
+           "gains", "gate", "guessing", "interpolate", "majority", "noise", "patch", "probe", "prompt", "prune", "quantise", "questions",
+           "relearn", "relearn_text", "run", "soft_prompt", "summarise", "swapped", "undo", "untouched", "upper_layers", "worst_case"]
 
 PROFILES = ("quick", "standard", "full")
 

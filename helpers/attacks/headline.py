@@ -78,8 +78,9 @@ def worst_case(rows: pd.DataFrame, split: Split, reading: str = "top1", lost: fl
     remaining answers, together, of a closed relation (missing for open ones).
 
     Left out are settings that `by_setting` calls collapsed or not counting, controls, and what needs the original
-    weights, unless `attacks` names it. `table.attrs["left_out"]` lists attacks that lost all settings. Raises `AttackError` for
-    fewer than 4 common facts, and where all have the same answer, so that recovery could not be told from a guess.
+    weights, unless `attacks` names it. `table.attrs["left_out"]` lists attacks that lost all settings, and the ways of asking that do
+    not count. Raises `AttackError` for fewer than 4 common facts, and where all have the same answer, so that recovery could not
+    be told from a guess.
     """
     table = by_setting(rows, reading, lost)
     plain = table[table["control"] == ""]
@@ -107,7 +108,7 @@ def worst_case(rows: pd.DataFrame, split: Split, reading: str = "top1", lost: fl
             "majority": [float(guess[f.relation.name] == f.answer) for f in here],
             "other": third.loc[keys, _best(third.loc[choice])].max(axis=1).to_numpy()}))
     worst = pd.concat(found, ignore_index=True)
-    worst.attrs["left_out"] = sorted((named & set(plain["attack"])) - set(usable["attack"]))
+    worst.attrs["left_out"] = _left_out(plain[plain["attack"].isin(named) & alone], usable)
     return worst
 
 
@@ -123,14 +124,16 @@ def summarise(worst: pd.DataFrame) -> pd.DataFrame:
 def by_access(rows: pd.DataFrame, split: Split, reading: str = "top1", lost: float = RETAIN_LOST, seed: int = 0) -> pd.DataFrame:
     """`summarise` of the worst case at each of LEVELS that the rows have attacks of, on the same facts: one row an `access`.
 
-    `low`, `high`: 95 % bootstrap interval of `recovered` over facts, one seed. Raises `AttackError` as `worst_case` does.
+    `low`, `high`: 95 % bootstrap interval of `recovered` over facts, one seed. `unfiltered`: `recovered` where settings that wreck the
+    model, or formats that the edit wrecked, are not left out. Raises `AttackError` as `worst_case` does.
     """
     made, found = set(rows["attack"]), []
     for access, names in LEVELS.items():
         if made & set(names):
             worst = worst_case(rows, split, reading, lost, names, seed)
             interval = stats.over_facts(worst["recovered"], (0.0, 1.0))
-            found.append(summarise(worst).assign(access=access, low=interval["low"], high=interval["high"]))
+            everything = worst_case(rows, split, reading, float("inf"), names, seed)["recovered"].mean()
+            found.append(summarise(worst).assign(access=access, low=interval["low"], high=interval["high"], unfiltered=everything))
     if not found:
         raise AttackError(f"headline: no attack in the rows, only {', '.join(sorted(made)) or 'nothing'}")
     return pd.concat(found, ignore_index=True)[["access", *(c for c in found[0] if c != "access")]]
@@ -140,6 +143,18 @@ def majority(facts: Facts, split: Split) -> float:
     """The share of these facts of which the commonest answer of the relation is true: what guessing alone gets right."""
     guess = _commonest(facts, split)
     return sum(guess[f.relation.name] == f.answer for f in facts) / len(facts)
+
+
+def guessing(facts: Facts, split: Split, format: str) -> float:
+    """What guessing gets right in a format: one of four letters in multiple choice, whose options are read in balanced orders, else `majority`."""
+    return 0.25 if format == "mcq" else majority(facts, split)
+
+
+def _left_out(made: pd.DataFrame, usable: pd.DataFrame) -> list[str]:
+    """Attacks without a usable setting; of asking, the ways that are not usable."""
+    lost = sorted(set(made["attack"]) - set(usable["attack"]))
+    ways = set(made.loc[made["attack"] == "prompt", "setting"]) - set(usable.loc[usable["attack"] == "prompt", "setting"])
+    return lost if "prompt" in lost or not ways else sorted([*lost, f"prompt: {', '.join(sorted(ways))}"])
 
 
 def _check(rows: pd.DataFrame, reading: str) -> None:

@@ -14,7 +14,7 @@ import pandas as pd
 import torch
 
 from helpers import metrics
-from helpers.attacks.rows import AttackError, applied, kept, tidy, with_readings
+from helpers.attacks.rows import READINGS, AttackError, applied, kept, tidy, with_readings
 from helpers.chunks import over_prompts
 from helpers.facts import Facts
 from helpers.localization import probes as linear
@@ -56,6 +56,17 @@ def probe(model: Model, edit: Edit | None, split: Split, *, format: str = "one_s
     for relation in progress(lessons, "probing", len(lessons)):
         tables += _probe(relation, training, found, pupils, groups, positions, format, penalty, seed)
     return pd.concat(tables, ignore_index=True)
+
+
+def upper_layers(rows: pd.DataFrame, by: Sequence[str] = (), position: str = "last") -> pd.DataFrame:
+    """Each forgotten fact's readings by probes, averaged over the layers in the upper two thirds: one row a group of `by` and fact.
+
+    So `top_true` is the share of these layers in which the true answer can be read, `top_edit` that of the edit answer.
+    """
+    chosen = (rows["attack"] == "probe") & (rows["control"] == "") & (rows["group"] == "forget") & (rows.get("position") == position)
+    part = rows[chosen]
+    part = part[part["layer"] > part["layer"].max() / 3] if len(part) else part
+    return part.groupby([*by, "subject", "relation"], sort=False)[READINGS].mean().reset_index()
 
 
 @torch.no_grad()

@@ -17,7 +17,9 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
 
+import numpy as np
 import pandas as pd
+from scipy.stats import ttest_ind
 
 from helpers.attacks.depth import ABSENT
 from helpers.attacks.invented import CONTROL, invented_split
@@ -122,6 +124,29 @@ def curves(rows: pd.DataFrame) -> pd.DataFrame:
     dose = [f"{how}, {shown:.0f} facts, rate {rate:g}, {steps:.0f} steps" for how, shown, rate, steps
             in rows.reindex(columns=["how", "shown", "rate", "steps"]).itertuples(index=False)]
     return rows.assign(curve=curve, dose=dose).dropna(subset="curve")
+
+
+def gains(rows: pd.DataFrame, by: Sequence[str] = ("mask", "dose"), control: str = CONTROL) -> pd.DataFrame:
+    """Forgotten facts beside the control before and after training, from rows of `curves` in one format: what is there, and what training changed.
+
+    Three rows (`compared`: before, after, change) a group of `by` that has both; columns `forgotten`, the control, `difference`, and its
+    `low` and `high` (Welch's 95 % interval over facts: names and facts are not the same, so nothing is paired).
+    """
+    found = []
+    for key, part in rows[rows["curve"].isin(["forgotten", control])].groupby([*by], sort=False):
+        values = {}
+        for curve, line in part.groupby("curve"):
+            said = line.pivot_table(index=["subject", "relation"], columns="step", values="top_true")
+            first, last = said[said.columns.min()], said[said.columns.max()]
+            values[curve] = {"before": first, "after": last, "change": last - first}
+        for compared in ("before", "after", "change") if len(values) == 2 else ():
+            one, other = values["forgotten"][compared], values[control][compared]
+            low = high = np.nan
+            if np.ptp(one) > 0 or np.ptp(other) > 0:
+                low, high = ttest_ind(one, other, equal_var=False).confidence_interval()
+            found.append(dict(zip(by, key)) | {"compared": compared, "forgotten": one.mean(), control: other.mean(),
+                                               "difference": one.mean() - other.mean(), "low": low, "high": high})
+    return pd.DataFrame(found, columns=[*by, "compared", "forgotten", control, "difference", "low", "high"])
 
 
 def _curve(model: Model, edit: Edit | None, split: Split, facts: Facts, terms: tuple[str, ...], how: str, settings: Settings,
