@@ -209,7 +209,7 @@ def models() -> pd.DataFrame:
     for name, entry in data["models"].items():
         costs = {f"{what}, {chosen} (estimated)": cost[what] for chosen, cost in entry["estimated"].items() for what in cost}
         costs |= {f"{what} (authors)": cost for what, cost in entry.get("reported", {}).items()}
-        access = {"hub": entry["hub"][0], "gated": entry["gated"], "dtype": "bfloat16"}
+        access = {"hub": entry["hub"][0], "gated": entry["gated"], "dtype": "bfloat16", "chunk": entry["chunk"]}
         rows.append({"model": name, **access, "published settings": name in data["published"], **costs})
     return pd.DataFrame(rows)
 
