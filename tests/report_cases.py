@@ -8,6 +8,7 @@ import numpy as np
 import pandas as pd
 import pyarrow as pa
 import pyarrow.parquet as pq
+import pytest
 
 from helpers import claims, provenance, results, store
 from helpers.attacks.headline import SPOKEN
@@ -19,6 +20,16 @@ KEPT = ("mcq-unlocalized", "worst-case", "text-loss", "dissociation-mcq")
 EVALUATED = ["edit", "forget", "mcq_edit", "mcq_forget", "mcq_retain", "retain", "paraphrase_edit", "paraphrase_forget"]
 RELEARN = "all facts, lr 0.002, step {} of 20, one_shot"
 SOFT = "10 vectors, restart 0, step {} of 60, one_shot"
+
+
+@pytest.fixture(scope="module")
+def declared() -> claims.Claims:
+    return few_claims()
+
+
+@pytest.fixture(scope="module")
+def rows() -> pd.DataFrame:
+    return four_edits()
 
 
 def values(rng: np.random.Generator, mean: float, reading: str, count: int) -> np.ndarray:

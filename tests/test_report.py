@@ -10,21 +10,13 @@ from xml.etree import ElementTree
 import pandas as pd
 import pytest
 import report_cases as cases
+from report_cases import declared, rows  # noqa: F401 - fixtures
 
 from helpers import claims, facts, stats, store
 from helpers.attacks.headline import SPOKEN
 from helpers.report import figures, page, selections, tables
 from helpers.report import rows as material
 from helpers.report.__main__ import main
-
-@pytest.fixture(scope="module")
-def declared():
-    return cases.few_claims()
-
-
-@pytest.fixture(scope="module")
-def rows():
-    return cases.four_edits()
 
 
 @pytest.fixture(scope="module")

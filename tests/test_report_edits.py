@@ -3,21 +3,11 @@
 from __future__ import annotations
 
 import pandas as pd
-import pytest
 import report_cases as cases
+from report_cases import declared, rows  # noqa: F401 - fixtures
 
 from helpers import claims, plots
 from helpers.report import edits, figures, tables
-
-
-@pytest.fixture(scope="module")
-def declared():
-    return cases.few_claims()
-
-
-@pytest.fixture(scope="module")
-def rows():
-    return cases.four_edits()
 
 
 def test_dots_are_where_the_table_says_with_their_chance_level():
