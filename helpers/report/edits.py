@@ -12,10 +12,10 @@ import numpy as np
 import pandas as pd
 
 from helpers import results
+from helpers.unlearning.baselines import UNLEARNING
 
 TAKEN = 0.9
 DAGGER = "†"
-UNLEARNING = ("unlearn", "ascent", "graddiff", "npo", "simnpo", "rmu")  # objectives without an edit answer
 KEY = ["model", "facts", "n", "method", "localization"]
 MEANS = ["edit", "forget", "retain", "mcq_retain", "text_loss"]
 VALUE = ["n", "seed", "attack", "setting", "fact", "name", "reading", "measure"]
