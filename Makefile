@@ -2,6 +2,7 @@
 PYTHON   ?= python3
 PROFILE  ?= quick
 OUT      ?= runs
+JOBS     ?= 2
 MODELS   ?= tiny-llama3 tiny-gemma2-open tiny-gemma2 tiny-gemma
 PIP_ARGS ?=
 
@@ -28,8 +29,8 @@ install:
 	$(PY) -m pip install --disable-pip-version-check $(PIP_ARGS) -r requirements.txt -e .
 	@cp requirements.txt $(WANTED)
 
-run: env ## run all notebooks headless; PROFILE=standard also puts the outputs into notebooks/
-	$(PY) -m helpers.notebooks run --profile $(PROFILE) --out $(OUT) $(if $(filter standard,$(PROFILE)),--write-back)
+run: env ## run all notebooks headless, JOBS=2 at a time; PROFILE=standard also puts the outputs into notebooks/
+	$(PY) -m helpers.notebooks run --profile $(PROFILE) --out $(OUT) --jobs $(JOBS) $(if $(filter standard,$(PROFILE)),--write-back)
 
 report: env ## make one page from stored rows (ROWS="data/results runs", default: both)
 	$(PY) -m helpers.report $(if $(ROWS),--rows $(ROWS)) --out $(OUT)/report

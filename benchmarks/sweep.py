@@ -23,11 +23,11 @@ import torch
 from nbformat.v4 import new_code_cell, new_notebook
 
 from benchmarks.report import judge, save
-from helpers import provenance
+from helpers import cores, provenance
 from helpers.store import Present
 from helpers.sweep import plan
 from helpers.sweep.driver import Sweep
-from helpers.sweep.pool import WARM, Pool, n_cores
+from helpers.sweep.pool import WARM, Pool
 
 BAR, AIM = 8.0, 4.0  # seconds of a run beyond its computation
 STEM = "90_benchmark"
@@ -51,7 +51,7 @@ FINISH = 'run.record([{"value": value}])\nrun.finish()'
 
 def bare(given: dict, repeats: int = 3) -> tuple[float, float]:
     """(seconds of the computation, its value) with everything imported, on all cores; the median of `repeats`."""
-    torch.set_num_threads(n_cores())
+    torch.set_num_threads(cores.n_cores())
     seconds, names = [], dict(given)
     exec(IMPORTS, names)
     for _ in range(repeats + 1):
@@ -68,7 +68,7 @@ def timed(folder: Path, given: dict, workers: int, runs: int, warm: bool) -> tup
     nbformat.write(new_notebook(cells=cells), folder / f"{STEM}.ipynb")
     provenance.write_json(folder / "sweep.yaml", [{"notebook": f"{STEM}.ipynb", "fixed": given, "grid": {"seed": list(range(runs))}}])
     began = time.perf_counter()
-    pool = Pool(workers, max(1, n_cores() // workers), warm=warm)
+    pool = Pool(workers, cores.share(workers), warm=warm)
     made = Sweep(plan.load(folder / "sweep.yaml", str(folder / "out")), pool, Present(folder), redo=["finished", "stale"])
     made.run()
     seconds = time.perf_counter() - began
@@ -101,7 +101,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--facts", default="athletes")
     parser.add_argument("--repeats", type=int, default=10, help="how much a run computes")
     parser.add_argument("--runs", type=int, default=5, help="runs for each worker")
-    parser.add_argument("--workers", type=int, nargs="+", default=sorted({1, 2, n_cores()}))
+    parser.add_argument("--workers", type=int, nargs="+", default=sorted({1, 2, cores.n_cores()}))
     parser.add_argument("--out", type=Path, default=Path("runs/benchmarks/sweep.json"))
     args = parser.parse_args(arguments)
     given = {"model": args.model, "facts": args.facts, "repeats": args.repeats}

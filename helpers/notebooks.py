@@ -1,6 +1,7 @@
 """Run the numbered notebooks headless, put their outputs back into the repository, check their form.
 
     python -m helpers.notebooks run 02 --profile quick --out runs -p model tiny-gemma2
+    python -m helpers.notebooks run --jobs 2
     python -m helpers.notebooks regenerate
     python -m helpers.notebooks check
 
@@ -18,8 +19,10 @@ import os
 import sys
 import time
 import uuid
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
+from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +33,7 @@ from jupyter_client.manager import AsyncKernelManager
 from jupyter_core.paths import jupyter_runtime_dir
 from nbconvert import HTMLExporter
 
-from helpers import conventions, parameters, pictures, provenance, runs
+from helpers import conventions, cores, parameters, pictures, provenance, runs
 from helpers.parameters import ParameterError
 
 # a Unix socket's path holds about 104 characters, and Jupyter appends some 50 to its folder
@@ -98,8 +101,8 @@ def select(names: Sequence[str], folder: Path) -> list[Path]:
     return [path for path in known if not names or path.stem in names or path.stem[:2] in names]
 
 
-def run(notebooks: Sequence[Path], given: Mapping[str, Any], out: Path, *, write_back: bool = False) -> list[Outcome]:
-    """Execute notebooks with the parameters `given`; executed copies, HTML and the index go to `out`.
+def run(notebooks: Sequence[Path], given: Mapping[str, Any], out: Path, *, jobs: int = 1, write_back: bool = False) -> list[Outcome]:
+    """Execute notebooks with the parameters `given`, `jobs` at a time; executed copies, HTML and the index go to `out`.
 
     With `write_back`, a notebook that ran to its end gets the new outputs, free of volatile metadata, with small pictures.
     Raises ParameterError, with nothing written, when any notebook refuses a parameter.
@@ -112,11 +115,12 @@ def run(notebooks: Sequence[Path], given: Mapping[str, Any], out: Path, *, write
             raise ParameterError(f"{path.name}: {error}") from error
     out.mkdir(parents=True, exist_ok=True)
     outcomes: list[Outcome] = []
-    for path, params in checked.items():
-        print(f"{path.stem} … ", end="", flush=True)
-        outcomes.append(_run_one(path, given, out, runs.folder(path.stem, params)))
-        print(_verdict(outcomes[-1]), flush=True)
-        if write_back and not outcomes[-1].error:
+    tasks = [(path, given, out, runs.folder(path.stem, params)) for path, params in checked.items()]
+    print(f"{len(tasks)} notebooks, {min(jobs, len(tasks))} at a time; each is named when it has ended", flush=True)
+    for path, outcome in zip(checked, _outcomes(tasks, jobs)):
+        print(f"{path.stem} … {_verdict(outcome)}", flush=True)
+        outcomes.append(outcome)
+        if write_back and not outcome.error:
             executed = nbformat.read(out / path.name, as_version=4)
             provenance.write_text(path, nbformat.writes(pictures.shrink_outputs(strip(executed))) + "\n")
             if "figures" in given:
@@ -162,7 +166,18 @@ def execute(path: Path, executed: Path, given: Mapping[str, Any], manager: type[
     return ""
 
 
+def _outcomes(tasks: Sequence[tuple], jobs: int) -> Iterator[Outcome]:
+    """What became of each notebook, in their order; `jobs` of them run side by side and share the cores."""
+    if min(jobs, len(tasks)) == 1:
+        yield from (_run_one(*task) for task in tasks)
+        return
+    # new interpreters, so that threads are set before anything is imported
+    with cores.environment(cores.threads(cores.share(jobs))), ProcessPoolExecutor(jobs, get_context("spawn")) as processes:
+        yield from processes.map(_run_one, *zip(*tasks))
+
+
 def _run_one(path: Path, given: Mapping[str, Any], out: Path, results: Path) -> Outcome:
+    logging.getLogger("papermill").setLevel(logging.ERROR)  # it warns of `figures`, which every notebook takes though none declares it
     started = time.monotonic()
     executed, stored = out / path.name, results / "checks.json"
     stored.unlink(missing_ok=True)  # the index must not show the verdicts of an earlier run
@@ -222,6 +237,7 @@ def _arguments() -> argparse.ArgumentParser:
     parser.add_argument("names", nargs="*", help="stems or numbers (default: all)")
     parser.add_argument("--profile", default="quick", help="quick, standard or full (regenerate: always standard)")
     parser.add_argument("--out", type=Path, default=Path("runs"), help="executed copies, HTML, rows and figures")
+    parser.add_argument("--jobs", type=int, default=1, help="notebooks side by side, which share the cores")
     parser.add_argument("--write-back", action="store_true", help="put the outputs into the notebooks themselves")
     parser.add_argument("-p", dest="given", nargs=2, action="append", default=[], metavar=("NAME", "VALUE"))
     parser.add_argument("--notebooks", type=Path, default=provenance.project_root() / "notebooks", help="their folder")
@@ -247,8 +263,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         given |= {"figures": "figures"} if write_back else {}
         for name, text in options.given:
             given |= {name: _value(text, path, name) for path in notebooks}
-        logging.getLogger("papermill").setLevel(logging.ERROR)  # it warns of `figures`, which every notebook takes though none declares it
-        outcomes = run(notebooks, given, options.out, write_back=write_back)
+        outcomes = run(notebooks, given, options.out, jobs=max(1, options.jobs), write_back=write_back)
     except ValueError as error:
         print(error, file=sys.stderr)
         return 2

@@ -11,6 +11,7 @@ import subprocess
 import sys
 import tokenize
 from collections.abc import Callable, Iterable, Mapping
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -75,6 +76,7 @@ def module_hash(file: Path) -> str:
     return text_hash(essence(file.read_text(encoding="utf-8")))
 
 
+@cache  # the notebooks share most of their modules
 def essence(source: str) -> str:
     """A piece of Python without comments and docstrings; as it is where it is no plain Python."""
     try:
@@ -112,21 +114,30 @@ def modules(sources: Iterable[str]) -> list[Path]:
 
 def _imported(source: str) -> set[Path]:
     """Files of the modules of `helpers` that one piece of code names in its import statements."""
+    names = _names(source)
+    package = Path(__file__).parent
+    if names is None:  # it may import anything
+        return set(package.rglob("*.py"))
+    # importing a.b.c runs a and a.b as well
+    ours = [name.split(".") for name in names if name.split(".")[0] == package.name]
+    paths = {package.parent.joinpath(*parts[:depth]) for parts in ours for depth in range(1, len(parts) + 1)}
+    return {file for path in paths for file in (path.with_suffix(".py"), path / "__init__.py") if file.is_file()}
+
+
+@cache
+def _names(source: str) -> frozenset[str] | None:
+    """The dotted names that a piece of code imports; None where it is no plain Python (IPython may know what to do with it)."""
     try:
         tree = ast.parse("\n".join(line for line in source.split("\n") if not line.lstrip().startswith(MAGICS)))
-    except SyntaxError:  # IPython may know what to do with it, and it may import anything
-        return set(Path(__file__).parent.rglob("*.py"))
+    except SyntaxError:
+        return None
     names: set[str] = set()
     for node in ast.walk(tree):
         if isinstance(node, ast.Import):
             names |= {alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom) and node.module:
             names |= {f"{node.module}.{alias.name}" for alias in node.names}
-    root = Path(__file__).parents[1]
-    # importing a.b.c runs a and a.b as well
-    ours = [name.split(".") for name in names if name.split(".")[0] == Path(__file__).parent.name]
-    paths = {root.joinpath(*parts[:depth]) for parts in ours for depth in range(1, len(parts) + 1)}
-    return {file for path in paths for file in (path.with_suffix(".py"), path / "__init__.py") if file.is_file()}
+    return frozenset(names)
 
 
 def changed(uses: Mapping[str, str], digest: Callable[[str], str] = content_hash) -> list[str]:

@@ -7,12 +7,12 @@ import nbformat
 import pytest
 from sweep_cases import FINISH, entry, notebook, sweep_file
 
-from helpers import parameters, provenance, runs
+from helpers import cores, parameters, provenance, runs
 from helpers.store import Present
 from helpers.sweep import __main__ as command_line
 from helpers.sweep import driver, estimates, plan
 from helpers.sweep.plan import SweepError
-from helpers.sweep.pool import Pool, n_cores, n_workers
+from helpers.sweep.pool import Pool, n_workers
 
 
 @pytest.fixture
@@ -148,6 +148,6 @@ def test_duration(seconds, words):
 def test_pool_size_is_bounded_by_memory_gpus_and_cores():
     assert n_workers(0, 1, 1e9) == 1
     assert n_workers(3, 1, 1e-6) == 3
-    assert n_workers(0, 1, 1e-6) == n_cores()
-    assert n_workers(0, n_cores(), 1e-6) == 1
-    assert 1 <= n_workers(0, 1, float("nan")) <= n_cores()
+    assert n_workers(0, 1, 1e-6) == cores.n_cores()
+    assert n_workers(0, cores.n_cores(), 1e-6) == 1
+    assert 1 <= n_workers(0, 1, float("nan")) <= cores.n_cores()

@@ -14,14 +14,14 @@ from pathlib import Path
 
 import pandas as pd
 
-from helpers import provenance, store
+from helpers import cores, provenance, store
 from helpers.store import Present, StoreError
 from helpers.sweep import estimates, plan
 from helpers.sweep.cluster import IN_FLIGHT, Cluster
 from helpers.sweep.driver import Engine, Sweep, state
 from helpers.sweep.execution import EXECUTED
 from helpers.sweep.plan import SweepError, Task
-from helpers.sweep.pool import Pool, gpus, n_cores, n_workers
+from helpers.sweep.pool import Pool, gpus, n_workers
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -67,7 +67,7 @@ def _engine(tasks: Sequence[Task], table: pd.DataFrame, options: argparse.Namesp
         return Cluster(options.workers or IN_FLIGHT, options.timeout)
     devices = gpus() if any(task.params["device"] != "cpu" for task in tasks) else []
     workers = options.workers or n_workers(len(devices), max(task.needs.cpus for task in tasks), table["memory_gb"].max())
-    return Pool(workers, max(1, n_cores() // workers), options.timeout, devices)
+    return Pool(workers, cores.share(workers), options.timeout, devices)
 
 
 def _report(sweep: Sweep) -> str:

@@ -13,8 +13,7 @@ import signal
 import sys
 import tempfile
 import time
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass
 from multiprocessing import connection
 from multiprocessing.process import BaseProcess
@@ -22,18 +21,13 @@ from pathlib import Path
 
 import psutil
 
+from helpers import cores
 from helpers.progress import HEADLESS_VARIABLE
 from helpers.sweep.execution import attempt
 from helpers.sweep.plan import Task
 
 WARM = sys.platform == "linux"
 USUAL_GB = 2.0  # of main memory, for a run on a tiny model
-THREAD_VARIABLES = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS", "NUMEXPR_NUM_THREADS")
-
-
-def n_cores() -> int:
-    """Cores that this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def gpus() -> list[str]:
@@ -46,7 +40,7 @@ def gpus() -> list[str]:
 def n_workers(n_gpus: int, cpus: int, memory_gb: float) -> int:
     """How many runs of so many cores and so much memory (NaN: unknown) fit side by side; one a GPU if there are any."""
     needed = memory_gb if memory_gb == memory_gb else USUAL_GB
-    return max(1, min(n_gpus or n_cores() // cpus, int(psutil.virtual_memory().available / 1e9 / needed)))
+    return max(1, min(n_gpus or cores.n_cores() // cpus, int(psutil.virtual_memory().available / 1e9 / needed)))
 
 
 @dataclass(eq=False)
@@ -95,7 +89,7 @@ class Pool:
         process = self._context.Process(target=attempt, args=arguments)
         if self.warm:
             self._context.set_forkserver_preload(["helpers.sweep.warm"])
-        with _environ(env):  # threads are set before anything is imported
+        with cores.environment(env):  # threads are set before anything is imported
             process.start()
         theirs.close()
         deadline = time.monotonic() + (self.minutes * 60 if self.minutes else float("inf"))
@@ -126,7 +120,7 @@ class Pool:
                # matplotlib may be imported before the kernel that draws is there to choose
                "MPLBACKEND": "module://matplotlib_inline.backend_inline"}
         gpu = {"CUDA_VISIBLE_DEVICES": self.gpus[slot % len(self.gpus)]} if self.gpus else {}
-        return own | gpu | dict.fromkeys(THREAD_VARIABLES, str(self.threads))
+        return own | gpu | cores.threads(self.threads)
 
 
 def _error(running: Running) -> str:
@@ -146,14 +140,3 @@ def _kill(process: BaseProcess) -> None:
         process.kill()
     process.join()
     process.close()
-
-
-@contextmanager
-def _environ(changes: Mapping[str, str]) -> Iterator[None]:
-    before = {name: os.environ.get(name) for name in changes}
-    os.environ.update(changes)
-    try:
-        yield
-    finally:
-        for name, value in before.items():
-            os.environ.pop(name) if value is None else os.environ.update({name: value})
