@@ -116,7 +116,7 @@ def run(notebooks: Sequence[Path], given: Mapping[str, Any], out: Path, *, jobs:
     out.mkdir(parents=True, exist_ok=True)
     outcomes: list[Outcome] = []
     tasks = [(path, given, out, runs.folder(path.stem, params)) for path, params in checked.items()]
-    print(f"{len(tasks)} notebooks, {min(jobs, len(tasks))} at a time; each is named when it has ended", flush=True)
+    print(f"running {', '.join(path.stem for path in checked)}" + (f", {jobs} at a time" if min(jobs, len(tasks)) > 1 else ""), flush=True)
     for path, outcome in zip(checked, _outcomes(tasks, jobs)):
         print(f"{path.stem} … {_verdict(outcome)}", flush=True)
         outcomes.append(outcome)
