@@ -21,7 +21,7 @@ from jupyter_client.kernelspec import KernelSpecManager
 from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook, new_output
 from PIL import Image
 
-from helpers import conventions, notebooks, pictures, provenance
+from helpers import conventions, cores, notebooks, pictures, provenance
 
 PARAMETERS = """model: str = "tiny-llama3"  # a tiny name, a local path or a hub id
 seed: int = 0  # of every random choice
@@ -64,6 +64,22 @@ def executed(tmp_path_factory):
         patch.setenv("JUPYTER_RUNTIME_DIR", str(root / "kernels"))
         status = notebooks.main(["run", *arguments])
     return root, status
+
+
+def test_notebooks_side_by_side_share_the_cores(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(cores, "n_cores", lambda: 6)
+    monkeypatch.setenv("OMP_NUM_THREADS", "5")
+    threads = "import os\nprint(os.environ['OMP_NUM_THREADS'], 'threads')"
+    for stem, body in {"00_broken": [threads, "1 / 0"], "01_good": [threads, "run.finish()"]}.items():
+        write(tmp_path, stem, body)
+    assert notebooks.main(["run", "--jobs", "2", "--notebooks", str(tmp_path), "--out", str(tmp_path / "out")]) == 1
+    assert all("3 threads" in texts(tmp_path / "out" / f"{stem}.ipynb") for stem in ("00_broken", "01_good"))
+    assert os.environ["OMP_NUM_THREADS"] == "5"
+    first, broken, good, _ = capsys.readouterr().out.splitlines()
+    assert first == "running 00_broken, 01_good, 2 at a time"
+    assert broken.startswith("00_broken … ") and broken.endswith("FAILED: ZeroDivisionError: division by zero")
+    assert good.startswith("01_good … ") and "FAILED" not in good
+    assert "Title of 01_good" in (tmp_path / "out" / "index.html").read_text()
 
 
 def texts(path: Path) -> str:
@@ -184,7 +200,8 @@ def test_a_failed_notebook_is_not_written_back(tmp_path):
 def test_no_kernel_is_left_behind(executed):
     root, _ = executed
     assert list((root / "kernels").glob("kernel-*")) == []
-    assert psutil.Process().children(recursive=True) == []
+    # multiprocessing keeps a tracker of its own until the interpreter ends
+    assert [p for p in psutil.Process().children(recursive=True) if "resource_tracker" not in " ".join(p.cmdline())] == []
 
 
 def test_conventions(tmp_path):
