@@ -40,7 +40,8 @@ class Settings:
     the result. When memory runs out it is halved by itself, and from a chunk of one row on training goes on with
     `recompute`. `clip` None does not clip. `format`: the prompts
     trained on; `text_tokens`: how much of each text. `masters`: fp32 copies of bf16 weights.
-    `autocast`: matrix products in bf16 over fp32 weights. `cache`: do shared work once, that is keep the
+    `autocast`: matrix products in bf16 over fp32 weights; off, because it saves a CPU with bf16 instructions little (an edit takes
+    .7 to .9 of the time, by mask: `benchmarks.editing`), and rows would depend on the CPU. `cache`: do shared work once, that is keep the
     residual below the lowest masked block, and run the tokens that all prompts begin with once a chunk. `recompute`:
     gradient checkpointing, for less memory and more time. `checkpoint_every`: steps between checkpoints, where a file is given.
     """
