@@ -15,11 +15,11 @@ than `limit` times their mean length (published: longer than 6, whatever the mod
 from __future__ import annotations
 
 from collections.abc import Sequence
-from contextlib import ExitStack
 from dataclasses import replace
 
 import pandas as pd
 import torch
+from torch.utils.hooks import RemovableHandle
 
 from helpers import metrics
 from helpers.attacks.rows import AttackError, applied, check_halves, check_trainable, kept, tidy, with_readings
@@ -32,14 +32,14 @@ from helpers.unlearning.finetune import questions
 from helpers.unlearning.objectives import Relearn, Targets
 from helpers.unlearning.terms import answer_term, draws
 from helpers.unlearning.training import Settings, train
-from helpers.unlearning.weights import at_rest
+from helpers.unlearning.weights import Beside
 
 SETTINGS = Settings(learning_rate=0.1, steps=60, batch=16)
 # options of `soft_prompt`, as published; `limit` was 6 whatever the model, here it counts mean lengths of the model's embeddings
 PUBLISHED = {"kind": "attention", "size": 15, "restarts": 4, "steps": (0, 128), "settings": replace(SETTINGS, learning_rate=1e-5, retain_weight=0.0)}
 
 
-class Soft:
+class Soft(Beside):
     """Learned tensors acting at the embedding's output while `with soft:` lasts; what a training loop needs, see
     `helpers.unlearning.weights`."""
 
@@ -69,15 +69,8 @@ class Soft:
         """Those of the tensors whose rows `limit` bounds."""
         return self.tensors
 
-    def __enter__(self) -> Soft:
-        with ExitStack() as stack:
-            stack.enter_context(at_rest(self.model))
-            stack.callback(self.model.embed.register_forward_hook(self._hook).remove)
-            self._stack = stack.pop_all()
-        return self
-
-    def __exit__(self, *_) -> None:
-        self._stack.close()
+    def register(self) -> list[RemovableHandle]:
+        return [self.model.embed.register_forward_hook(self._hook)]
 
     def _hook(self, module, inputs, output: torch.Tensor) -> torch.Tensor:
         return self.act(output)
@@ -91,15 +84,6 @@ class Soft:
         longest = self.limit * self.model.d_model**0.5
         for tensor in self.bounded:
             tensor.mul_((longest / tensor.norm(dim=-1, keepdim=True).clamp(min=1e-12)).clamp(max=1.0))
-
-    @torch.no_grad()
-    def snapshot(self) -> list[torch.Tensor]:
-        return [tensor.clone() for tensor in self.tensors]
-
-    @torch.no_grad()
-    def rollback(self, saved: list[torch.Tensor]) -> None:
-        for tensor, value in zip(self.tensors, saved):
-            tensor.copy_(value)
 
 
 class Prepended(Soft):

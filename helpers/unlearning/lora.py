@@ -6,11 +6,10 @@ no part of the model: forward hooks add their product while `with lora:` lasts, 
 
 from __future__ import annotations
 
-from contextlib import ExitStack
-
 import torch
 from torch import nn
 from torch.nn import functional as F
+from torch.utils.hooks import RemovableHandle
 
 from helpers.facts import Facts
 from helpers.masks import Mask
@@ -22,10 +21,10 @@ from helpers.unlearning.finetune import fit
 from helpers.unlearning.forward import layer_of
 from helpers.unlearning.objectives import Objective
 from helpers.unlearning.training import Settings
-from helpers.unlearning.weights import at_rest
+from helpers.unlearning.weights import Beside
 
 
-class Lora:
+class Lora(Beside):
     """Adapters of every matrix that the mask touches (all of the model's blocks without one).
 
     `rank` None is d_model / 6, which is the paper's 512 at its models' widths; `alpha` and `dropout` are the paper's.
@@ -63,16 +62,8 @@ class Lora:
     def noisy(self) -> bool:
         return self.dropout > 0
 
-    def __enter__(self) -> Lora:
-        with ExitStack() as stack:
-            stack.enter_context(at_rest(self.model))
-            for name, module in self.modules.items():
-                stack.callback(module.register_forward_hook(self._adapter(name)).remove)
-            self._stack = stack.pop_all()
-        return self
-
-    def __exit__(self, *_) -> None:
-        self._stack.close()
+    def register(self) -> list[RemovableHandle]:
+        return [module.register_forward_hook(self._adapter(name)) for name, module in self.modules.items()]
 
     def begin(self, step: int) -> None:
         """Dropout of a step depends on the seed and the step alone, so a resumed run repeats it."""
@@ -81,15 +72,6 @@ class Lora:
 
     def write(self) -> None:
         """Nothing to do: the model reads A and B themselves."""
-
-    @torch.no_grad()
-    def snapshot(self) -> list[torch.Tensor]:
-        return [tensor.clone() for tensor in self.tensors]
-
-    @torch.no_grad()
-    def rollback(self, saved: list[torch.Tensor]) -> None:
-        for tensor, value in zip(self.tensors, saved):
-            tensor.copy_(value)
 
     @torch.no_grad()
     def values(self) -> dict[str, torch.Tensor]:

@@ -1,6 +1,6 @@
 """What an optimizer gets to see of a model: the masked weights and nothing else.
 
-`MaskedWeights` trains them inside the model; `helpers.unlearning.lora` trains matrices beside it. The training loop
+`MaskedWeights` trains them inside the model; what is `Beside` it (LoRA, soft prompts) acts through hooks. The training loop
 uses either through
 
     tensors       what the optimizer updates; after a backward pass their `.grad` holds the gradient
@@ -18,8 +18,10 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
+from typing import Self
 
 import torch
+from torch.utils.hooks import RemovableHandle
 
 from helpers.masks import Mask
 from helpers.models import Model
@@ -38,6 +40,37 @@ def at_rest(model: Model) -> Iterator[None]:
         model.hf.train(training)
         for parameter in asked:
             parameter.requires_grad_(True)
+
+
+class Beside:
+    """Tensors that are no part of the model, and act on it by the hooks of `register` while the `with` block lasts."""
+
+    model: Model
+    tensors: list[torch.Tensor]
+
+    def register(self) -> list[RemovableHandle]:
+        """The hooks, in place."""
+        raise NotImplementedError
+
+    def __enter__(self) -> Self:
+        with ExitStack() as stack:
+            stack.enter_context(at_rest(self.model))
+            for hook in self.register():
+                stack.callback(hook.remove)
+            self._stack = stack.pop_all()
+        return self
+
+    def __exit__(self, *_) -> None:
+        self._stack.close()
+
+    @torch.no_grad()
+    def snapshot(self) -> list[torch.Tensor]:
+        return [tensor.clone() for tensor in self.tensors]
+
+    @torch.no_grad()
+    def rollback(self, saved: list[torch.Tensor]) -> None:
+        for tensor, value in zip(self.tensors, saved):
+            tensor.copy_(value)
 
 
 class MaskedWeights:
