@@ -116,7 +116,8 @@ def run(notebooks: Sequence[Path], given: Mapping[str, Any], out: Path, *, jobs:
     out.mkdir(parents=True, exist_ok=True)
     outcomes: list[Outcome] = []
     tasks = [(path, given, out, runs.folder(path.stem, params)) for path, params in checked.items()]
-    print(f"running {', '.join(path.stem for path in checked)}" + (f", {jobs} at a time" if min(jobs, len(tasks)) > 1 else ""), flush=True)
+    jobs = min(jobs, len(tasks))
+    print(f"running {', '.join(path.stem for path in checked)}" + (f", {jobs} at a time" if jobs > 1 else ""), flush=True)
     for path, outcome in zip(checked, _outcomes(tasks, jobs)):
         print(f"{path.stem} … {_verdict(outcome)}", flush=True)
         outcomes.append(outcome)
@@ -168,7 +169,7 @@ def execute(path: Path, executed: Path, given: Mapping[str, Any], manager: type[
 
 def _outcomes(tasks: Sequence[tuple], jobs: int) -> Iterator[Outcome]:
     """What became of each notebook, in their order; `jobs` of them run side by side and share the cores."""
-    if min(jobs, len(tasks)) == 1:
+    if jobs == 1:
         yield from (_run_one(*task) for task in tasks)
         return
     # new interpreters, so that threads are set before anything is imported
