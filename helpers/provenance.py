@@ -68,7 +68,19 @@ def code_hash(notebook: str, folder: Path | None = None) -> str:
         files = [file for file in modules(code) if file.relative_to(package).parts[0] not in READERS]
     else:
         code, files = [], sorted(package.rglob("*.py"))
-    return text_hash("\n".join([*(f"{file.relative_to(package).as_posix()}\0{module_hash(file)}" for file in files), *map(essence, code)]))
+    return text_hash("\n".join([*_named_hashes(files), *map(essence, code)]))
+
+
+def package_hash(name: str) -> str:
+    """sha256 of a package of `helpers`, such as unlearning, and of the modules it imports, through one another; READERS do not count."""
+    package = Path(__file__).parent
+    own = sorted((package / name).rglob("*.py"))
+    read = modules(file.read_text(encoding="utf-8") for file in own)
+    return text_hash("\n".join(_named_hashes(file for file in sorted({*own, *read}) if file.relative_to(package).parts[0] not in READERS)))
+
+
+def _named_hashes(files: Iterable[Path]) -> list[str]:
+    return [f"{file.relative_to(Path(__file__).parent).as_posix()}\0{module_hash(file)}" for file in files]
 
 
 def module_hash(file: Path) -> str:

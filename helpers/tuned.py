@@ -128,7 +128,7 @@ def _group(options: argparse.Namespace, names: Sequence[str]) -> tuple[str, str,
         path = Path(options.folder) / Path(key).name / task / f"{tuned.mask}.parquet"
         provenance.write_atomic(path, lambda temporary, table=tuned.trials: table.to_parquet(temporary, index=False))
     about = {"facts": f"{known.name} {split.spec}", "facts_digest": known.digest(), "learning_rates": list(options.rates),
-             "seed": options.seed, "code": provenance.code_hash("")[:12]}
+             "seed": options.seed, "code": provenance.package_hash("unlearning")[:12]}
     return key, task, found, settings, about
 
 

@@ -32,6 +32,10 @@ def test_evaluation(worded):
     texts = general_texts(20, held_out=True)
     base = evaluate(model, given, texts=texts)
     assert base.equals(evaluate(model, given, texts=texts))
+    # fewer formats, with the same numbers, and all that a collapse is judged by
+    brief = evaluate(model, given, texts=texts, brief=True)
+    assert set(brief["format"]) == {"one_shot", "mcq", "text"}
+    assert brief.equals(base[base["format"].isin(brief["format"])].reset_index(drop=True)[list(brief)])
     counts = base.groupby(["group", "format"]).size().to_dict()
     forget = dict.fromkeys([("forget", f) for f in ("one_shot", "qa", "paraphrase", "mcq", "league", "venue")], 8)
     kept = len(given.retain_test)

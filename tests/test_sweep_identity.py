@@ -71,6 +71,15 @@ def test_code_hash_changes_with_the_modules_it_imports_only(tmp_path, monkeypatc
     assert provenance.code_hash("99_nowhere") != before
 
 
+@pytest.mark.parametrize(("module", "matters"), [("unlearning/memit.py", True), ("tracing.py", True), ("runs.py", False), ("attacks/latent.py", False),
+                                                 ("progress.py", False)])
+def test_package_hash_changes_with_the_package_and_what_it_imports_only(monkeypatch, module, matters):
+    assert (PACKAGE / module).is_file()
+    before, real = provenance.package_hash("unlearning"), provenance.module_hash
+    monkeypatch.setattr(provenance, "module_hash", lambda path: "changed" if path == PACKAGE / module else real(path))
+    assert (provenance.package_hash("unlearning") != before) == matters
+
+
 CODE = '''"""Doc."""
 import math  # of the standard library
 

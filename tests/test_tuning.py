@@ -99,7 +99,7 @@ def test_equal_budgets_determinism_and_resumption(worded, tmp_path, monkeypatch)
         return real(*arguments, **options)
 
     monkeypatch.setattr(tuning, "finetune", counting)
-    monkeypatch.setattr(tuning.provenance, "code_hash", lambda notebook: code)
+    monkeypatch.setattr(tuning.provenance, "package_hash", lambda name: code)
     code, dies = "one", 4
     search = lambda folder, trials=3: tune_all(model, practice, methods(model), FINETUNE, trials, folder=folder, **CHEAP)
     with pytest.raises(KeyboardInterrupt):

@@ -191,7 +191,7 @@ def tune(model: Model, practice: Split, method: Tunable, space: Space, trials: i
     facts = [part.digest() for part in (practice.forget, practice.retain_train, practice.retain_test)]
     # the mask's name is left out: masks of the same weights share their trials
     identity = [weights_hash(model), facts, method.method, method.identity,
-                {key: repr(value) for key, value in measured.items()}, provenance.code_hash("")]
+                {key: repr(value) for key, value in measured.items()}, provenance.package_hash("unlearning")]
     rows, tried = [], list(enumerate(points(space, trials, seed)))
     for trial, point in progress(tried, f"tuning {method.method}, {method.mask}"):
         key = provenance.text_hash(json.dumps([*identity, point], sort_keys=True))
