@@ -12,6 +12,7 @@ from helpers import attacks
 from helpers.attacks.invented import CONTROL, invent, invent_names, invented_split
 from helpers.attacks.relearning import nested
 from helpers.facts import Facts, load
+from helpers.prompts import build
 from helpers.splits import split
 from helpers.unlearning.finetune import finetune
 from helpers.unlearning.lora import Lora
@@ -129,6 +130,8 @@ def test_invented_names_are_new_and_of_equal_length(source):
     length = lambda name: len(tokenizer(f" {name}", add_special_tokens=False)["input_ids"])
     assert [length(f.subject) for f in made.forget] == [length(f.subject) for f in given.forget]
     assert [f.relation for f in made.forget] == [f.relation for f in given.forget]
+    # the same span within a prompt, even where the space in front of a name is a token of its own
+    assert build(tokenizer, made.forget, "cloze").subject.equal(build(tokenizer, given.forget, "cloze").subject)
     names = [f.subject.lower() for f in made.forget]
     assert len(set(names)) == 64 and not set(names) & {f.subject.lower() for f in facts}
     assert made.forget.counts() == given.forget.counts() and made.retain_train == given.retain_train

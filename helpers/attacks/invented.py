@@ -47,25 +47,25 @@ def invent(facts: Facts, others: Iterable[Fact], tokenizer, seed: int = 0) -> Fa
 
 
 def invent_names(facts: Facts, others: Iterable[Fact], tokenizer, seed: int = 0) -> list[str]:
-    """One name a fact, of as many tokens as its subject; none is a subject of `facts`, of `others` or of an example.
+    """One name a fact, of as many tokens as its subject and as many that hold letters; none is a subject of `facts`, of `others` or of an example.
 
     Letters follow each other as in the subjects of the relation. Raises `AttackError` if no name of some length turns up.
     """
     known = [*facts, *others]
     taken = {_plain(name) for f in known for name in (f.subject, *(s for s, _ in f.relation.examples))}
     wanted = defaultdict(list)
-    for row, (fact, length) in enumerate(zip(facts, _lengths(tokenizer, [f.subject for f in facts]))):
-        wanted[fact.relation.name].append((row, length, len(fact.subject.split())))
+    for row, (fact, shape) in enumerate(zip(facts, _shapes(tokenizer, [f.subject for f in facts]))):
+        wanted[fact.relation.name].append((row, shape, len(fact.subject.split())))
     names: dict[int, str] = {}
     for relation, places in wanted.items():
         chain = _chain(f.subject for f in known if f.relation.name == relation)
         rng = random.Random(f"names-{seed}-{relation}")
         for attempt in range(ROUNDS):
             drawn = [name for name in (_draw(chain, rng) for _ in range(DRAWN)) if name]
-            for name, length in zip(drawn, _lengths(tokenizer, drawn)):
+            for name, shape in zip(drawn, _shapes(tokenizer, drawn)):
                 # of as many words, too, unless that has long been in vain
                 words = {len(name.split())} if attempt < ROUNDS // 2 else set(range(99))
-                place = next((p for p in places if p[1] == length and p[2] in words), None)
+                place = next((p for p in places if p[1] == shape and p[2] in words), None)
                 if place is not None and _plain(name) not in taken:
                     names[place[0]] = name
                     taken.add(_plain(name))
@@ -73,7 +73,7 @@ def invent_names(facts: Facts, others: Iterable[Fact], tokenizer, seed: int = 0)
             if not places:
                 break
         else:
-            missing = ", ".join(str(length) for _, length, _ in places)
+            missing = ", ".join(str(shape[0]) for _, shape, _ in places)
             raise AttackError(f"no unknown names of {missing} tokens could be invented for the relation {relation!r} in "
                               f"{ROUNDS * DRAWN} tries: its subjects are too few or too odd to imitate")
     return [names[row] for row in range(len(facts))]
@@ -83,13 +83,17 @@ def _plain(name: str) -> str:
     return " ".join(name.lower().split())
 
 
-def _lengths(tokenizer, names: Sequence[str]) -> list[int]:
-    """Tokens of each name within a text; 0 where the tokenizer does not know some part of it."""
+def _shapes(tokenizer, names: Sequence[str]) -> list[tuple[int, int]]:
+    """Tokens of each name within a text, and how many of them hold letters of it; no tokens where the tokenizer does not know some part of it.
+
+    Some tokenizers give the space in front of a name a token of its own, which `PromptSet.subject` leaves out.
+    """
     if not names:
         return []
-    rows = tokenizer([f" {name}" for name in names], add_special_tokens=False)["input_ids"]
+    encoded = tokenizer([f" {name}" for name in names], add_special_tokens=False, return_offsets_mapping=True)
     special = set(tokenizer.all_special_ids)
-    return [0 if special & set(row) else len(row) for row in rows]
+    return [(0, 0) if special & set(row) else (len(row), sum(end > 1 for _, end in offsets))
+            for row, offsets in zip(encoded["input_ids"], encoded["offset_mapping"])]
 
 
 def _chain(names: Iterable[str]) -> dict[str, list[str]]:
