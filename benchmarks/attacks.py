@@ -37,6 +37,7 @@ Data = tuple[torch.Tensor, list[str], torch.Tensor, list[str]]
 
 LOOP = "scikit-learn, one by one"
 SECONDS_BARS = {"quick": 45.0, "standard": 300.0}  # all attacks of a profile, on two cores
+REST = 0.5  # seconds before a measurement: threads of the way before it wait actively for a while, and would take its cores
 SHARE_BARS = (1 / 5, 1 / 10)  # of the loop's seconds: bar, aim
 EQUAL = 0.01  # the most by which accuracies may differ, on average over layers
 
@@ -94,6 +95,7 @@ def compare(data: Data, repeats: int = 3, seed: int = 0) -> pd.DataFrame:
     accuracy, spent = {}, {(name, way): [] for name in given for way in ways}
     for _ in range(repeats):
         for name, way in spent:
+            time.sleep(REST)
             start = time.perf_counter()
             accuracy[name, way] = ways[way](train, given[name], held, held_labels)
             spent[name, way].append(time.perf_counter() - start)
