@@ -40,7 +40,7 @@ def evaluate(model: Model, split: Split, method: str = "base", mask: str = "none
 
     Columns beside KEY: `prob_*` (the paper's probability), and those of `metrics.scores`. `forget` replaces the forget
     set, e.g. by `split.attack_test` in whole-sport editing. `texts` None: 200 texts held out from the tiny models' training.
-    `brief`: only what `collapse` judges by, one_shot, mcq and text, which takes two thirds of the time.
+    `brief`: only what `collapse` judges by, one_shot, mcq and text, in some .7 of the time.
     """
     forget = split.forget if forget is None else forget
     kept = Facts((*split.retain_train, *split.retain_test))
