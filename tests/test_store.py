@@ -159,6 +159,15 @@ def test_packed_values_have_three_decimals(home):
     assert read(home, home / "all.parquet")["value"].eq(0.123).all() and read(home)["value"].eq(0.12345).all()
 
 
+def test_what_runs_have_in_common_is_packed_once(home):
+    rows = values(0, 30_000).assign(value=np.random.default_rng(0).integers(0, 1000, 30_000) / 1000)
+    for seed in range(4):
+        stored(home / "out", seed, rows=rows.assign(seed=seed))
+        store.pack([home / "out"], home / f"{seed}.parquet", home)
+    one, four = ((home / f"{seed}.parquet").stat().st_size for seed in (0, 3))
+    assert four < 1.2 * one
+
+
 def test_what_is_no_packed_file_is_refused(home, capsys):
     (home / "notes.txt").write_text("hello")
     values(0).to_parquet(home / "bare.parquet")
