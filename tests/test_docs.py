@@ -1,12 +1,14 @@
 """Code in the documents runs as it stands, and every file that they link to is there."""
 
 import re
+import shlex
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import yaml
 
-from helpers import attacks, memory, metrics, presets, selection
+from helpers import attacks, memory, metrics, parameters, presets, selection
 from helpers.unlearning.training import Settings
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -47,3 +49,11 @@ def test_the_hardware_ladder(name):
 def test_links_lead_somewhere(document):
     linked = re.findall(r"\]\((?!https?:|#)([^)#]+)", document.read_text())
     assert [link for link in linked if not (document.parent / link).exists()] == []
+
+
+@pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: path.name)
+def test_commands_name_notebooks_and_their_parameters(document):
+    for command in re.findall(r"papermill (?:notebooks/)?\d\d_[^`\n]+", document.read_text()):
+        notebook, *rest = shlex.split(command)[1:]
+        given = {rest[i + 1]: yaml.safe_load(rest[i + 2]) or "" for i, word in enumerate(rest) if word == "-p"}
+        parameters.from_notebook(ROOT / "notebooks" / Path(notebook).name, given)

@@ -40,7 +40,7 @@ def stored(folder):
 
 
 def test_every_edit_is_measured_and_attacked_beside_the_unedited_model(stored):
-    assert set(stored["localization"]) == {"none", *MASKS} and set(stored["seed"]) == {1} and set(stored["n"]) == {16}
+    assert set(stored["localization"]) == {"none", ABSENT, *MASKS} and set(stored["seed"]) == {1} and set(stored["n"]) == {16}
     unedited = stored[stored["localization"] == "none"]
     assert set(unedited["attack"].str.split(":").str[0]) == {"none", "probe", "worst"}  # nothing is trained on it: probes are the ceiling
     base = unedited[(unedited["attack"] == "none") & (unedited["measure"] == "forget top1")]
@@ -61,13 +61,16 @@ def test_relearning_begins_at_the_edited_model(rows):
     pd.testing.assert_series_equal(begin, alone, check_exact=False, atol=1e-4)
 
 
-def test_a_model_without_the_facts_is_taught_beside_the_edited_ones(folder, rows):
+def test_a_model_without_the_facts_is_taught_beside_the_edited_ones(folder, rows, stored):
     anew = rows[rows["mask"] == ABSENT]
     assert set(anew["control"]) == {ABSENT} and set(anew["group"]) == {"forget"}
     relearned = anew[anew["attack"] == "relearn lora"]
     edited = rows[(rows["mask"] == MASKS[0]) & (rows["attack"] == "relearn lora") & (rows["group"] == "forget") & (rows["control"] == "")]
     assert set(relearned["setting"]) == set(edited["setting"]) and set(relearned["subject"]) == set(edited["subject"])
     assert cases.holds(folder)["the model trained without the facts does not know them (guessing, give or take .1)"]
+    kept = stored[(stored["localization"] == ABSENT) & stored["attack"].str.contains("relearn lora.*step 10 of 10$") & (stored["measure"] == "forget top1")]
+    ended = relearned[(relearned["step"] == relearned["steps"]) & (relearned["format"] == "one_shot")]
+    assert kept["value"].tolist() == ended["top_true"].tolist() and not stored[stored["localization"] == ABSENT]["attack"].str.startswith("worst").any()
 
 
 def test_the_worst_case_lies_between_no_attack_and_the_ceiling(rows):
