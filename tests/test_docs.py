@@ -2,6 +2,7 @@
 
 import re
 import shlex
+import textwrap
 from dataclasses import replace
 from pathlib import Path
 
@@ -28,6 +29,18 @@ def test_extending(monkeypatch, capsys):
     with edit.applied(model):
         shouted = metrics.ask(model, parts.forget, "capitalised")
     assert rows[(rows["setting"] == "shout") & (rows["group"] == "forget")]["top_true"].tolist() == shouted["top_true"].tolist()
+
+
+def test_teaching(monkeypatch, tmp_path, capsys):
+    """A claim of one's own is judged on the rows that come with the project."""
+    monkeypatch.chdir(ROOT)
+    own = yaml.safe_load((ROOT / "data/claims.yaml").read_text())
+    own["claims"] = [claim for claim in own["claims"] if claim["id"] == "mcq-random"]
+    (tmp_path / "my_claims.yaml").write_text(yaml.safe_dump(own))
+    code = re.search(r"```python\n(.*?)```", (ROOT / "docs/teaching.md").read_text(), flags=re.S).group(1)
+    exec(compile(textwrap.dedent(code).replace("my_claims.yaml", str(tmp_path / "my_claims.yaml")), "docs/teaching.md", "exec"), {})
+    said = capsys.readouterr().out
+    assert "mcq-random" in said and "holds" in said
 
 
 @pytest.mark.parametrize("name", ["qwen3-0.6b", "gemma-2-2b"])
