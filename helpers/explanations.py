@@ -174,8 +174,8 @@ def explain(rows: pd.DataFrame, scores: pd.DataFrame, better: str = "higher", le
     Columns: those of `stats.summary` for the slope (`value`, in units of the measure, turned so that better is positive),
     `windows_low`, `windows_high`, `vif` (how far the rival inflates the variance), `n_windows`, `n_models`.
 
-    `rows`: of one measure, method and attack, as for `design`. Facts that lack a value in some window of some model, in some
-    seed, are left out. `better`: whether higher or lower values are. Raises `ExplanationError`.
+    `rows`: of one measure, method and attack, as for `design`. Seeds that some window of some model lacks are left out, then
+    facts that lack a value in one of the others. `better`: whether higher or lower values are. Raises `ExplanationError`.
     """
     if better not in ("higher", "lower"):
         raise ExplanationError(f"better={better!r}: higher or lower")
@@ -245,14 +245,15 @@ def concentration(windows: pd.DataFrame) -> pd.Series:
 
 
 def _values(rows: pd.DataFrame, windows: pd.DataFrame) -> pd.DataFrame:
-    """(fact, seed) × windows, in the order of `windows`; NaN where there is no value."""
+    """(fact, seed) × windows, in the order of `windows`, of the seeds in which every window was edited; NaN where there is no value."""
     keys = list(windows[WINDOW].itertuples(index=False, name=None))
     parts = dict(list(rows.groupby(WINDOW, sort=False)))
     tables = [stats.matrix(parts[key]).stack() for key in keys]
     values = pd.concat(tables, axis=1).rename_axis(["fact", "seed"])
-    if not len(values.dropna()):
+    whole = values.dropna().index.unique("seed")
+    if not len(whole):
         raise ExplanationError("no fact has a value in every window of every model, in the same seeds")
-    return values
+    return values[values.index.isin(whole, level="seed")]
 
 
 def _within(windows: pd.DataFrame, column: np.ndarray) -> np.ndarray:

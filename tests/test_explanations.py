@@ -191,6 +191,13 @@ def test_a_fact_that_lacks_a_value_somewhere_is_left_out_everywhere():
     assert np.allclose(table["value"], expected["value"])
 
 
+def test_a_seed_that_one_model_lacks_is_left_out_everywhere():
+    layer = scores(DISSOCIATED)
+    rows = world(WORLDS["both"][0], layer)
+    gap = rows[~((rows["model"] == "late") & (rows["seed"] == 2))]
+    pd.testing.assert_frame_equal(explain(gap, layer, resamples=100), explain(rows[rows["seed"] < 2], layer, resamples=100))
+
+
 # Places and scores ------------------------------------------------------------------------------------
 
 
