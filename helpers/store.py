@@ -47,7 +47,7 @@ RUN_COLUMNS = ["run", *ORIGIN, "state", "error", "minutes", "memory_gb", "parame
 LISTINGS = 5
 DECIMALS = 3  # of packed values
 # rows repeat those of other runs: a page must hold them all for the compression to see it, which more than halves the file
-SMALL = {"compression": "zstd", "compression_level": 19, "data_page_size": 2**30, "max_rows_per_page": 2**30}
+COMPRESSION = {"compression": "zstd", "compression_level": 19, "data_page_size": 2**30, "max_rows_per_page": 2**30}
 OLD = ".old"  # ends the folder of a finished run that is being run again
 
 
@@ -103,7 +103,7 @@ def pack(sources: Sequence[Path | str], target: Path, notebooks: Path | None = N
     table = _table(sources, notebooks, PACKED, {})
     column = table.schema.get_field_index("value")
     table = table.set_column(column, table.schema.field(column), pc.round(table["value"], DECIMALS))
-    provenance.write_atomic(target, lambda path: pq.write_table(table, path, **SMALL))
+    provenance.write_atomic(target, lambda path: pq.write_table(table, path, **COMPRESSION))
     return len(table)
 
 
