@@ -3,6 +3,7 @@
 import shutil
 
 import notebook_cases as cases
+import numpy as np
 import pandas as pd
 import pytest
 import torch
@@ -10,6 +11,7 @@ import torch
 from helpers import claims
 from helpers.attacks.depth import ABSENT
 from helpers.attacks.headline import SPOKEN
+from helpers.attacks.invented import CONTROL
 from helpers.facts import DATA
 from helpers.models import load_model
 
@@ -71,6 +73,12 @@ def test_a_model_without_the_facts_is_taught_beside_the_edited_ones(folder, rows
     kept = stored[(stored["localization"] == ABSENT) & stored["attack"].str.contains("relearn lora.*step 10 of 10$") & (stored["measure"] == "forget top1")]
     ended = relearned[(relearned["step"] == relearned["steps"]) & (relearned["format"] == "one_shot")]
     assert kept["value"].tolist() == ended["top_true"].tolist() and not stored[stored["localization"] == ABSENT]["attack"].str.startswith("worst").any()
+
+
+def test_depth_is_scored_against_invented_names_and_against_the_model_without_the_facts(rows):
+    scores = rows[rows["measure"] == "depth score"].groupby(["reference", "localization"])["uds"]
+    assert set(scores.groups) == {(reference, mask) for reference in (CONTROL, ABSENT) for mask in MASKS}
+    assert (scores.min() >= 0).all() and (scores.max() <= 1).all() and not np.allclose(scores.mean()[CONTROL], scores.mean()[ABSENT])
 
 
 def test_the_worst_case_lies_between_no_attack_and_the_ceiling(rows):
