@@ -181,7 +181,7 @@ def test_a_shrunk_picture_is_the_same_to_the_eye():
     small = pictures.shrink(buffer.getvalue())
     assert len(small) < len(buffer.getvalue()) and pictures.shrink(small) == small
     old, new = (np.asarray(Image.open(io.BytesIO(png)).convert("RGB")).astype(int) for png in (buffer.getvalue(), small))
-    assert old.shape == new.shape and np.abs(old - new).max() < 64 and np.abs(old - new).mean() < 1
+    assert old.shape == new.shape and np.abs(old - new).max() < 16 and np.abs(old - new).mean() < 2
 
 
 def test_write_back_takes_no_parameters(tmp_path, capsys):
