@@ -17,7 +17,7 @@ NOTEBOOK = "12_report"
 @pytest.fixture(scope="module")
 def store(tmp_path_factory):
     made = [cases.edit(mask, shift=shift) for mask, shift in {"none": 0.0, "lookup": 0.3, "everything": -0.1}.items()]
-    return cases.pack(pd.concat(made, ignore_index=True), tmp_path_factory.mktemp("store") / "reference.parquet")
+    return cases.pack(pd.concat([*made, cases.sizes()], ignore_index=True), tmp_path_factory.mktemp("store") / "reference.parquet")
 
 
 @pytest.fixture(scope="module")
@@ -43,7 +43,8 @@ def test_the_live_edit_is_a_run_of_its_own(folder):
 
 def test_figures_are_drawn_from_what_there_is(folder):
     figures = {path.stem for path in (folder / "figures").glob("*.png")}
-    assert {"spider-0", "relearning-0", "worst-0"} <= figures and not {name for name in figures if name.startswith("scaling")}
+    assert {"spider-0", "relearning-0", "worst-0"} <= figures and not {name for name in figures if name.startswith("windows")}
+    assert {name for name in figures if name.startswith("scaling")} == {"scaling-0", "scaling-1"}  # equal steps, equal passes
 
 
 def test_without_stored_rows_it_says_what_to_run_and_goes_on(tmp_path):
