@@ -1,4 +1,4 @@
-"""The files behind a run's parameters `model`, `facts` and `texts`: weights and tokenizer, the table of facts and its templates, text."""
+"""The files behind a run's parameters `model`, `dissociating`, `facts` and `texts`: weights and tokenizer, the table of facts and its templates, text."""
 
 from pathlib import Path
 
@@ -15,10 +15,12 @@ def files(params: Parameters) -> list[Path]:
     Empty for parameters that name nothing known; loading them says what is wrong.
     """
     text = Path(getattr(params, "texts", ""))
-    return [*_model(getattr(params, "model", "")), *_facts(getattr(params, "facts", "")), *([text] if text.is_file() else [])]
+    models = [file for name in ("model", "dissociating") for file in of_model(getattr(params, name, ""))]
+    return [*models, *_facts(getattr(params, "facts", "")), *([text] if text.is_file() else [])]
 
 
-def _model(name: str) -> list[Path]:
+def of_model(name: str) -> list[Path]:
+    """What decides how a model answers: weights, configuration and tokenizer."""
     folder = next((path for path in (DATA / "models" / name, Path(name).expanduser()) if name and path.is_dir()), None)
     if folder:
         return sorted({file for pattern in MODEL_FILES for file in folder.glob(pattern)})

@@ -2,7 +2,7 @@
 
     given = settings("paper", "google/gemma-2-9b", "athletes", "lookup", Settings())     # what the paper trained with
     source("paper", "google/gemma-2-9b", "athletes", "lookup")                           # where that comes from
-    file("tuned", "tiny-gemma2", "athletes", "lookup")                                   # which file that is, for `run.uses`
+    files("tuned", "tiny-gemma2", "athletes", "lookup")                                  # which files decide that, for `run.uses`
     layers(model, "athletes", "attribution MLPs")                                        # what the paper trained
     choose(…, given=given("paper", model, "athletes", names))                            # in place of localizing anew
     announce("google/gemma-2-9b", torch.bfloat16, "cuda", names)                         # what memory that will take
@@ -64,15 +64,22 @@ def source(preset: str, model_name: str, task: str, mask_name: str) -> str:
     return _find(preset, model_name, task, mask_name)[1]
 
 
-def file(preset: str, model_name: str, task: str, mask_name: str) -> Path | None:
-    """The file that the settings of a preset stand in, None for defaults. Raises `PresetError` for an unknown preset."""
+def files(preset: str, model_name: str, task: str, mask_name: str) -> list[Path]:
+    """Where the settings of a preset are looked for: in the first of these files that is there. None for defaults.
+
+    Raises `PresetError` for an unknown preset.
+    """
     if preset not in NAMES:
         raise PresetError(f"preset {preset!r}: there are {', '.join(map(repr, NAMES))}")
     if preset != "tuned":
-        return PUBLISHED if preset else None
+        return [PUBLISHED] if preset else []
     window = re.fullmatch(WINDOW, mask_name) is not None
-    places = [tuned_file(model_name, task, name) for name in (mask_name, *(["lookup"] if window else []))]
-    return next((place for place in places if place.is_file()), None)
+    return [tuned_file(model_name, task, name) for name in (mask_name, *(["lookup"] if window else []))]
+
+
+def file(preset: str, model_name: str, task: str, mask_name: str) -> Path | None:
+    """The file that the settings of a preset stand in, None for defaults. Raises `PresetError` for an unknown preset."""
+    return next((place for place in files(preset, model_name, task, mask_name) if place.is_file()), None)
 
 
 def tuned_file(model_name: str, task: str, mask_name: str, folder: Path | None = None) -> Path:

@@ -20,6 +20,7 @@ PACKAGES = (
     "scikit-learn matplotlib pydantic papermill"
 ).split()
 READERS = ("plots", "claims.py", "progress.py")  # of `helpers`: what draws, judges or announces rows, and makes none
+MISSING = "missing"  # in place of the hash of a file that was looked for and was not there
 MAGICS = ("%", "!")  # lines of a cell that are IPython's and not Python's
 
 
@@ -153,9 +154,9 @@ def _names(source: str) -> frozenset[str] | None:
 
 
 def changed(uses: Mapping[str, str], digest: Callable[[str], str] = content_hash) -> list[str]:
-    """Those of the files that a run used, path to content hash, that are no longer what they were, or not there."""
-    root = project_root()
-    return [path for path, old in uses.items() if not (root / path).exists() or digest(str(root / path)) != old]
+    """Those of the files that a run used, path to content hash, that are no longer what they were: other, gone, or there where they were MISSING."""
+    now = lambda place: digest(str(place)) if place.exists() else MISSING
+    return [path for path, old in uses.items() if now(project_root() / path) != old]
 
 
 def text_hash(text: str) -> str:

@@ -190,13 +190,15 @@ class Run:
 
         return torch.Generator(device).manual_seed(self.seed_for(purpose))
 
-    def uses(self, path: Path | str) -> Path:
+    def uses(self, path: Path | str, optional: bool = False) -> Path:
         """Note that the run depends on the content of a file or folder (data, weights); returns the path.
 
-        Raises FileNotFoundError when there is nothing at `path`.
+        An `optional` one may be missing: what is not there is noted as well, and the run is stale once it is there. Raises
+        FileNotFoundError when there is nothing at `path` otherwise.
         """
         path = Path(path)
-        self._uses[provenance.short_path(path)] = provenance.content_hash(path)
+        there = path.exists() or not optional
+        self._uses[provenance.short_path(path)] = provenance.content_hash(path) if there else provenance.MISSING
         self._write_provenance()
         return path
 

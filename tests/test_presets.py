@@ -159,7 +159,8 @@ def test_tuned_settings(tmp_path, monkeypatch):
     lookup.write_text(yaml.safe_dump({"learning_rate": 2e-4, "provenance": {"trials": 12}}))
     assert settings(*of, "lookup", DEFAULTS) == replace(DEFAULTS, learning_rate=2e-4)
     assert source(*of, "lookup") == "tuned here: best of 12 trials"
-    # a control is trained like what it controls, unless it has settings of its own
+    # a control is trained like what it controls, unless it has settings of its own; which it has not yet
+    assert presets.files(*of, "MLP 2-4") == [window, lookup]
     assert settings(*of, "MLP 2-4", DEFAULTS) == replace(DEFAULTS, learning_rate=2e-4) and presets.file(*of, "MLP 2-4") == lookup
     assert source(*of, "MLP 2-4") == "tuned here: best of 12 trials, those of lookup"
     window.write_text(yaml.safe_dump({"learning_rate": 3e-4}))

@@ -287,6 +287,17 @@ def test_provenance(run, tmp_path):
     assert json.loads((run.folder / "parameters.json").read_text())["layers"] == [1, 2]
 
 
+def test_a_file_that_appears_later_makes_the_run_stale(run, tmp_path):
+    """As settings do that are searched after a first run with the defaults."""
+    tuned = tmp_path / "lookup.yaml"
+    assert run.uses(tuned, optional=True) == tuned
+    run.finish()
+    done = run.folder / "done.json"
+    assert provenance.changed(json.loads(done.read_text())["uses"]) == [] and runs.is_current(run.folder, None)
+    tuned.write_text("learning_rate: 0.001")
+    assert provenance.changed(json.loads(done.read_text())["uses"]) == [str(tuned)] and not runs.is_current(run.folder, None)
+
+
 def test_folder_hash_sees_names_and_contents(tmp_path):
     (tmp_path / "a").write_text("1")
     first = provenance.content_hash(tmp_path)

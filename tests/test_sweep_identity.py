@@ -138,6 +138,12 @@ def test_a_run_uses_the_model_and_facts_it_names(tmp_path):
     assert not any(path.endswith(("card.json", "README.md", ".png")) for path in run.provenance["uses"])
 
 
+def test_a_second_model_is_an_input_too():
+    declared = parameters.from_cell('profile: str = "quick"  # profile\ndissociating: str = "tiny-llama3-late"  # a second model')
+    found = {path.relative_to(provenance.project_root()).as_posix() for path in inputs.files(parameters.validate(declared, {}))}
+    assert "data/models/tiny-llama3-late/model.safetensors" in found
+
+
 def test_a_run_on_own_model_and_facts_counts_until_either_changes(tmp_path):
     model, table = tmp_path / "model", tmp_path / "facts.csv"
     model.mkdir()
