@@ -78,6 +78,17 @@ def of_run(folder: Path) -> dict[str, Any] | None:
     return record | found if found else None
 
 
+def is_readable(folder: Path) -> bool:
+    """Whether a folder has no run with a torn file."""
+    run = of_run(folder)
+    return run is None or run["state"] != "unreadable"
+
+
+def failure(folder: Path) -> Failed | None:
+    """Why the run in a folder failed; None where it did not. Raises ValueError where that cannot be read."""
+    return _said(folder / "failed.json", Failed)
+
+
 def stamp(folder: Path) -> tuple[int, int] | None:
     """Changes whenever the run in a folder finishes; None where it has not."""
     try:
@@ -113,7 +124,7 @@ def _of_pack(file: Path) -> list[dict[str, Any]]:
 
 def _read(folder: Path) -> dict[str, Any] | None:
     """What the files of a run say of it; None where it has not started. Raises OSError, or ValueError for a file that no run writes."""
-    made, done, failed = _said(folder / "provenance.json", Made), _said(folder / "done.json", Done), _said(folder / "failed.json", Failed)
+    made, done, failed = _said(folder / "provenance.json", Made), _said(folder / "done.json", Done), failure(folder)
     given = _said(folder / "parameters.json", dict[str, Any]) or {}
     if made is None:
         return None

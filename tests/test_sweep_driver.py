@@ -20,7 +20,7 @@ from helpers.sweep import driver, plan
 class Scripted:
     """An engine that starts nothing: runs end at once, with the error that is written for them, else finished."""
 
-    workers = free = 2
+    side_by_side = free = 2
 
     def __init__(self, errors=None):
         self.errors, self.started = errors or {}, []
@@ -105,11 +105,26 @@ def test_runs_whose_rows_are_kept_elsewhere_are_not_made_again(tmp_path):
     shutil.rmtree(tmp_path / "out")
     notebook(tmp_path, "50_rows", RESULT.replace("[run.seed,", "[7,"), FINISH)  # other code
     assert set(kept().values()) == {True}
-    assert scripted(file, packed=kept()).counts == {"stale before": 2, "done": 1}
-    shutil.rmtree(tmp_path / "out")
-    assert scripted(file, redo=("stale",), packed=kept()).counts == {"done": 3}
+    assert scripted(file, redo=("stale",), packed=kept()).counts == {"packed, stale before": 2, "done": 1}
+    # nor are those that the store has by older code
+    for task in plan.load(file, str(tmp_path / "out"))[:2]:
+        provenance.write_json(task.folder / "done.json", {"code": "older", "uses": {}})
+    assert scripted(file, redo=("stale", "failed"), packed=kept()).counts == {"packed, stale before": 2, "done": 1}
+    assert scripted(file, redo=("stale",)).counts == {"done": 3}
+    assert scripted(file, redo=("stale", "packed, stale"), packed=kept()).counts == {"done": 3}
     with pytest.raises(store.StoreError, match="no runs at"):
         store.packed(tmp_path / "nowhere.parquet")
+
+
+def test_what_cannot_be_read_is_made_again(tmp_path):
+    notebook(tmp_path, "50_rows", RESULT, FINISH)
+    file = sweep_file(tmp_path, entry("50_rows", grid={"seed": [0, 1, 2]}))
+    tasks = sweep(file).tasks
+    (tasks[0].folder / "results.parquet").write_bytes(b"")
+    (tasks[1].folder / "provenance.json").write_bytes(b"{}")
+    assert [driver.state(task, Present(tmp_path)) for task in tasks] == ["unreadable", "unreadable", "finished"]
+    assert sweep(file, ()).counts == {"done": 2, "finished before": 1}
+    assert len(store.read(tmp_path / "out", notebooks=tmp_path)) == 6
 
 
 @pytest.mark.parametrize("ending", [signal.SIGKILL, signal.SIGINT])
@@ -190,7 +205,7 @@ def test_a_disk_too_full_to_note_a_failure_stops_nothing(tmp_path):
     assert counts == "{'done': 2, 'failed': 1}"
     assert why.startswith("KernelDied (and it could not be noted: [Errno 27] File too large")
     tasks = plan.load(file, str(tmp_path / "out"))
-    assert [bool(store.note(task.folder / "done.json")) for task in tasks] == [True, False, True]
+    assert [(task.folder / "done.json").exists() for task in tasks] == [True, False, True]
     assert not any(tasks[1].folder.iterdir())  # no torn file
     assert driver.state(tasks[1], Present(tmp_path)) == "new"
 

@@ -34,6 +34,7 @@ class Cluster:
     minutes: float | None = None
     address: str | None = None
     warm: bool = WARM
+    side_by_side = None  # as the cluster has room; others may use it, and it may grow
 
     def __enter__(self) -> Cluster:
         try:

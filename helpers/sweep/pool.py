@@ -77,6 +77,10 @@ class Pool:
         shutil.rmtree(self._sockets, ignore_errors=True)
 
     @property
+    def side_by_side(self) -> int:
+        return self.workers
+
+    @property
     def free(self) -> int:
         """How many more tasks can be started now."""
         return self.workers - len(self._running)
