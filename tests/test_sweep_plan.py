@@ -95,6 +95,23 @@ def test_a_file_that_is_no_list_of_entries(tmp_path, text):
         plan.load(tmp_path / "other.yaml")
 
 
+def test_a_key_given_twice_is_refused_with_its_line(folder, capsys):
+    file = folder / "sweep.yaml"
+    file.write_text("- notebook: 50_plain.ipynb\n  grid:\n    seed: [0]\n    profile: [quick]\n    seed: [1, 2]\n")
+    assert command_line.main([str(file), "--out", str(folder / "out")]) == 2
+    assert "sweep.yaml, line 5: `seed` is given already in line 3" in capsys.readouterr().err
+    # the same key in two mappings, or one that replaces a merged one, is none given twice
+    file.write_text("- &one {notebook: 50_plain.ipynb, fixed: {seed: 0}}\n- {<<: *one, fixed: {seed: 1}}\n")
+    assert [task.params["seed"] for task in plan.load(file)] == [0, 1]
+
+
+def test_a_file_that_is_not_utf8_is_refused(folder, capsys):
+    file = folder / "sweep.yaml"
+    file.write_bytes("- notebook: 50_plain.ipynb  # \xe4".encode("latin-1"))
+    assert command_line.main([str(file), "--out", str(folder / "out")]) == 2
+    assert capsys.readouterr().err == f"{file} cannot be read: it is not UTF-8 (byte 30)\n"
+
+
 def test_a_broken_notebook_file_is_named(folder):
     (folder / "51_torn.ipynb").write_text('{"cells": [')
     notebook(folder, "52_bare", FINISH)
