@@ -8,6 +8,7 @@
 from __future__ import annotations
 
 import argparse
+import signal
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -108,4 +109,6 @@ def _positive(kind: type) -> type:
 
 
 if __name__ == "__main__":
+    # a batch system ends a job so: it gets the time to clear up that Ctrl-C gets
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
     sys.exit(main())

@@ -85,7 +85,7 @@ class Sweep:
     failures: list[tuple[Task, str]] = field(default_factory=list)
 
     def run(self) -> None:
-        """Run all there is to do. KeyboardInterrupt ends what is under way, and the store stays as it is."""
+        """Run all there is to do. KeyboardInterrupt (of Ctrl-C, or SIGTERM) ends what is under way, and the store stays as it is."""
         self._waiting, self._locks, self._began = list(self.tasks), {}, time.monotonic()
         try:
             with self.engine:
