@@ -17,8 +17,7 @@ import pandas as pd
 
 from helpers import cores, provenance, store
 from helpers.store import Present, StoreError
-from helpers.sweep import estimates, plan
-from helpers.sweep.cluster import IN_FLIGHT, Cluster
+from helpers.sweep import cluster, estimates, plan
 from helpers.sweep.driver import ALWAYS, Engine, Sweep, state
 from helpers.sweep.execution import EXECUTED
 from helpers.sweep.plan import SweepError, Task
@@ -65,7 +64,9 @@ def _redo(options: argparse.Namespace) -> set[str]:
 
 def _engine(tasks: Sequence[Task], table: pd.DataFrame, options: argparse.Namespace) -> Engine:
     if options.engine == "ray":
-        return Cluster(options.workers or IN_FLIGHT, options.timeout)
+        todo = [task for task, wanted in zip(tasks, table["todo"]) if wanted]
+        cluster.require_sent(todo)
+        return cluster.Cluster(options.workers or cluster.IN_FLIGHT, options.timeout, needs={task.needs for task in todo})
     devices = gpus() if any(task.params["device"] != "cpu" for task in tasks) else []
     workers = options.workers or n_workers(len(devices), max(task.needs.cpus for task in tasks), table["memory_gb"].max())
     return Pool(workers, cores.share(workers), options.timeout, devices)
