@@ -124,9 +124,9 @@ def sources(place: Path | str) -> list[Path]:
 def packed(*sources: Path | str, notebooks: Path | None = None) -> dict[str, bool]:
     """Of each run whose rows are in these files (or in the .parquet files of these folders): whether it is stale. Raises StoreError."""
     files = [file for path in map(Path, sources) for file in _packs(path)]
-    if not files:
-        return {}
-    return dict(relation(*files, notebooks=notebooks).project("run, stale").distinct().fetchall())
+    origins = [run | {"source": number} for number, file in enumerate(files) for run in listing.of_place(file)]
+    chosen = _chosen(origins, Present(notebooks))
+    return dict(zip(chosen["run"].to_pylist(), chosen["stale"].to_pylist()))
 
 
 def _table(sources: Sequence[Path | str], notebooks: Path | None, columns: Iterable[str], where: Mapping[str, Any]) -> pa.Table:
