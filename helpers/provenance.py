@@ -214,12 +214,15 @@ def _version(package: str) -> str | None:
 def write_atomic(path: Path, write: Callable[[Path], Any]) -> None:
     """Let `write` fill a temporary neighbour of `path`, then move it into place in one step.
 
-    A reader, or a run that is killed half way, sees the old file or the new one, never a torn one.
+    A reader, or a run that is killed half way, sees the old file or the new one, never a torn one. Neither does who comes after a crash of
+    the machine: systems may keep a name that was given last and lose the content behind it, unless that was on the disk before.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{os.getpid()}.{path.name}")
     try:
         write(temporary)
+        with temporary.open("rb+") as written:
+            os.fsync(written.fileno())
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)

@@ -113,7 +113,7 @@ def is_current(path: Path, code: str | None, digest: Digest = provenance.content
     """
     try:
         done = json.loads((path / "done.json").read_text(encoding="utf-8"))
-    except (FileNotFoundError, json.JSONDecodeError):  # the latter after a crash of the machine
+    except (FileNotFoundError, ValueError):  # the latter after a crash of the machine
         return False
     return code in (None, done["code"]) and not provenance.changed(done["uses"], digest)
 

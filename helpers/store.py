@@ -4,20 +4,24 @@
     rows = read("runs", "data/results/reference.parquet", model="tiny-llama3", attack=["none", "worst"])
     relation("runs").aggregate("method, localization, avg(value)").df()      # the same rows, for SQL
     runs("runs")                                               # one row a run, also those that failed or never ended
+    runs("data/results/reference.parquet")                     # the same of packed runs
 
     python -m helpers.store pack runs data/results/reference.parquet        # all finished runs in one file, to commit or send
 
 Columns: `run` (its id), `model`, `facts`, `n` (facts edited), `seed`, `localization`, `layers`, `method`,
 `attack`, `setting`, `fact`, `measure`, `value` as `helpers.results` and `data/claims.yaml` explain them; then where the value comes
-from: `notebook`, `commit` (ends in "-dirty" where files differed from it), `code` (hash), `started` (UTC), `machine`, `stale`.
+from: `profile` of the run ("" where it has none, or older code packed it), `notebook`, `commit` (ends in "-dirty" where files
+differed from it), `code` (hash), `started` (UTC), `machine`, `stale`.
 
 Rows come from the `results.parquet` of finished runs (`run.result` in a notebook). A run's id says nothing of code, data or weights:
 it hashes the notebook's name and the parameters, and nothing else. What the run was made with stands in its `done.json` (a hash of the
 code, and one of each file it used) and is compared with what is there now. Rows that older code made, or other data or weights,
 are read all the same, with `stale` set: it is for the reader of the rows to leave them out. A folder of runs has one version of
 each run: the same parameters run again replace the older rows, as soon as the new run has ended well under a sweep, at its start
-otherwise. To keep older rows, `pack` them; of a run that is in several sources, the one started last counts.
+otherwise. To keep older rows, `pack` them, with the `minutes` and `memory_gb` that each run took: `runs` says those, NaN where they are
+unknown (in files that older code packed, too). Of a run that is in several sources, the one started last counts.
 `read` is safe while runs are made: writers replace whole files, and a run that starts anew during the reading is not taken.
+A run with a torn file (a crash of the machine) is left out with a warning, `unreadable` in `runs`, and made again by a sweep.
 """
 
 from __future__ import annotations
@@ -26,7 +30,8 @@ import argparse
 import itertools
 import json
 import sys
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+import warnings
+from collections.abc import Iterable, Mapping, Sequence
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -37,22 +42,18 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from helpers import claims, provenance
+from helpers import claims, listing, provenance
+from helpers.listing import COSTS, OLD, ORIGIN, RUN_COLUMNS, StoreError
 
 ROWS = dict.fromkeys([*claims.COLUMNS, "layers", "setting"], "VARCHAR") | {"n": "BIGINT", "seed": "BIGINT", "value": "DOUBLE"}
-ORIGIN = {"notebook": "VARCHAR", "commit": "VARCHAR", "code": "VARCHAR", "started": "VARCHAR", "machine": "VARCHAR"}
 SCHEMA = ROWS | ORIGIN | {"stale": "BOOLEAN"}
-PACKED = [*ROWS, *ORIGIN, "uses"]
-RUN_COLUMNS = ["run", *ORIGIN, "state", "error", "minutes", "memory_gb", "parameters", "uses", "folder"]
+OF_A_RUN = ORIGIN | COSTS | {"uses": "VARCHAR"}  # of packed rows, which have no other place to keep it
+PACKED = [*ROWS, *OF_A_RUN]
+Listed = list[tuple[Path, list[dict[str, Any]]]]  # places with records of their runs
 LISTINGS = 5
 DECIMALS = 3  # of packed values
 # rows repeat those of other runs: a page must hold them all for the compression to see it, which more than halves the file
 COMPRESSION = {"compression": "zstd", "compression_level": 19, "data_page_size": 2**30, "max_rows_per_page": 2**30}
-OLD = ".old"  # ends the folder of a finished run that is being run again
-
-
-class StoreError(ValueError):
-    """There is no store at a place, or it has no such column; the message says what there is."""
 
 
 class Present:
@@ -83,13 +84,15 @@ def relation(*sources: Path | str, notebooks: Path | None = None, **where: Any) 
     return duckdb.from_arrow(_table(sources, notebooks, SCHEMA, where))
 
 
-def runs(out: Path | str, notebooks: Path | None = None) -> pd.DataFrame:
-    """One row a run in a folder of runs: what became of it, how long it took, and where it came from.
+def runs(place: Path | str, notebooks: Path | None = None) -> pd.DataFrame:
+    """One row a run, in a folder of runs, a packed file or a folder of such files: what became of it, what it took, where it came from.
 
-    `state`: finished, failed (with `error`), or unfinished. Columns that a run lacks are empty. Raises StoreError.
+    `state`: finished, failed, unreadable (both with `error`) or unfinished; packed runs have finished. Columns that a run lacks are empty.
+    Raises StoreError.
     """
     present = Present(notebooks)
-    table = pd.DataFrame(list(_folders(Path(out))), columns=RUN_COLUMNS)
+    found = [run for each in _places([place]) for run in listing.of_place(each)]
+    table = pd.DataFrame(found, columns=RUN_COLUMNS).astype(dict.fromkeys(COSTS, float))
     finished = table["state"] == "finished"
     codes = zip(table["notebook"], table["code"], table["uses"])
     return table.assign(stale=[bool(known and present.is_stale(*key)) for known, key in zip(finished, codes)])
@@ -121,15 +124,15 @@ def sources(place: Path | str) -> list[Path]:
 def packed(*sources: Path | str, notebooks: Path | None = None) -> dict[str, bool]:
     """Of each run whose rows are in these files (or in the .parquet files of these folders): whether it is stale. Raises StoreError."""
     files = [file for path in map(Path, sources) for file in _packs(path)]
-    if not files:
-        return {}
-    return dict(relation(*files, notebooks=notebooks).project("run, stale").distinct().fetchall())
+    origins = [run | {"source": number} for number, file in enumerate(files) for run in listing.of_place(file)]
+    chosen = _chosen(origins, Present(notebooks))
+    return dict(zip(chosen["run"].to_pylist(), chosen["stale"].to_pylist()))
 
 
 def _table(sources: Sequence[Path | str], notebooks: Path | None, columns: Iterable[str], where: Mapping[str, Any]) -> pa.Table:
     if unknown := sorted(set(where) - set(SCHEMA)):
         raise StoreError(f"no column {', '.join(unknown)}; there are {', '.join(SCHEMA)}")
-    places = [place for path in map(Path, sources) for place in ([*_packs(path), path] if path.is_dir() else [path])]
+    places, allowed = _places(sources), {column: _values(wanted) for column, wanted in where.items()}
     still: list = []
     for attempt in itertools.count():
         # in the end without those that always start anew
@@ -138,65 +141,41 @@ def _table(sources: Sequence[Path | str], notebooks: Path | None, columns: Itera
             connection.execute("SET enable_progress_bar = false")  # a notebook would keep it
             try:
                 rows = _everything(connection, found, notebooks)
-                for column, wanted in where.items():
-                    values = [wanted] if isinstance(wanted, str) or not isinstance(wanted, Sequence) else wanted
-                    rows = rows.filter(duckdb.ColumnExpression(column).isin(*map(duckdb.ConstantExpression, values)))
+                for column, wanted in allowed.items():
+                    rows = rows.filter(duckdb.ColumnExpression(column).isin(*wanted))
                 table = rows.project(", ".join(columns)).to_arrow_table()
             except duckdb.Error as error:
                 failure = error
-        still = [(path, runs and [run for run in runs if _stamp(Path(run["folder"])) == run["stamp"]]) for path, runs in found]
+        still = [(path, [run for run in runs if _rests(run)]) for path, runs in found]
         # what started anew meanwhile may have been read in part
         if still == found and failure:
             raise failure
         if still == found:
+            _warn_of_unreadable(found)
             return table
 
 
-def _folders(out: Path) -> Iterator[dict[str, Any]]:
-    """The runs of a folder, in order."""
-    if not out.is_dir():
-        raise StoreError(f"no runs at {out}: give a folder that a sweep or a notebook wrote to, or a file made by pack")
-    for file in sorted(out.glob("*/*/provenance.json")):
-        folder = file.parent
-        newer = folder.with_suffix("") if folder.suffix == OLD else None
-        stamp = _stamp(folder)  # before what it stands for is read
-        made, done, failed = (note(folder / f"{name}.json") for name in ("provenance", "done", "failed"))
-        if made is None or (newer and (newer / "done.json").exists()):
-            continue
-        git = made["git"] or {"commit": "", "dirty": False}
-        yield {
-            "run": folder.name.removesuffix(OLD),
-            "notebook": made["notebook"],
-            "commit": git["commit"] + ("-dirty" if git["dirty"] else ""),
-            "code": made["code"],
-            "started": made["started"],
-            "machine": f"{made['platform']}, {made['device']}, {made['threads']} threads",
-            "state": "finished" if done else "failed" if failed else "unfinished",
-            "error": (failed or {}).get("error", "") if not done else "",
-            "minutes": (done or {}).get("minutes"),
-            "memory_gb": (done or {}).get("memory_gb"),
-            "parameters": json.dumps(note(folder / "parameters.json") or {}),
-            "uses": json.dumps((done or made)["uses"], sort_keys=True),
-            "folder": str(folder),
-            "stamp": stamp,
-        }
+def _values(wanted: Any) -> list[duckdb.Expression]:
+    """What a column may be: one value, or several (a list, a set, an array, a column of a table)."""
+    several = [wanted] if isinstance(wanted, str) or not isinstance(wanted, Iterable) else wanted
+    # NULL, which nothing equals: DuckDB takes no empty list
+    return [duckdb.ConstantExpression(value) for value in (None, *several)]
 
 
-def _stamp(folder: Path) -> tuple[int, int] | None:
-    """Changes whenever the run in a folder finishes; None where it has not."""
-    try:
-        found = (folder / "done.json").stat()
-    except FileNotFoundError:
-        return None
-    return found.st_ino, found.st_mtime_ns
+def _rests(run: Mapping[str, Any]) -> bool:
+    """Whether a run has not started anew since it was listed; packed ones never do."""
+    return "stamp" not in run or listing.stamp(Path(run["folder"])) == run["stamp"]
 
 
-def note(path: Path) -> dict[str, Any] | None:
-    """What a JSON file of a run says; None where there is none, or where a crash of the machine has left none of it."""
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except (FileNotFoundError, json.JSONDecodeError):
-        return None
+def _warn_of_unreadable(found: Listed) -> None:
+    if names := [f"{run['folder']} ({run['error']})" for _, runs in found for run in runs if run["state"] == "unreadable"]:
+        # whoever asked is three calls up: this, _table, read
+        warnings.warn(f"left out, as they cannot be read: {'; '.join(names)}", stacklevel=4)
+
+
+def _places(sources: Iterable[Path | str]) -> list[Path]:
+    """Packed files and folders of runs; a folder may hold both."""
+    return [place for path in map(Path, sources) for place in ([*_packs(path), path] if path.is_dir() else [path])]
 
 
 def _packs(path: Path) -> list[Path]:
@@ -204,27 +183,25 @@ def _packs(path: Path) -> list[Path]:
     return sorted(path.glob("*.parquet")) if path.is_dir() else [path]
 
 
-def _listed(sources: Sequence[Path]) -> list[tuple[Path, list[dict[str, Any]] | None]]:
-    """Each source with its finished runs that have rows; None for a packed file."""
-    has_rows = lambda run: run["state"] == "finished" and Path(run["folder"], "results.parquet").exists()
-    return [(path, None if path.is_file() else [run for run in _folders(path) if has_rows(run)]) for path in sources]
+def _listed(places: Sequence[Path]) -> Listed:
+    """Each place with its runs that have rows, or would have if they could be read."""
+    has_rows = lambda run: run["state"] == "finished" and (not run["folder"] or Path(run["folder"], "results.parquet").exists())
+    return [(place, [run for run in listing.of_place(place) if run["state"] == "unreadable" or has_rows(run)]) for place in places]
 
 
-def _everything(
-    connection: duckdb.DuckDBPyConnection, sources: Sequence[tuple[Path, list[dict[str, Any]] | None]], notebooks: Path | None
-) -> duckdb.DuckDBPyRelation:
-    """Rows with ORIGIN, `uses` and `stale`, ordered by source and run as they were written."""
+def _everything(connection: duckdb.DuckDBPyConnection, found: Listed, notebooks: Path | None) -> duckdb.DuckDBPyRelation:
+    """Rows with OF_A_RUN and `stale`, ordered by source and run as they were written."""
     columns = [f"CAST({name} AS {kind}) AS {name}" for name, kind in ROWS.items() if name != "run"]
     # a column that a file lacks is empty
     connection.execute(f"CREATE TABLE template ({', '.join(f'{name} {kind}' for name, kind in ROWS.items())})")
     parts, origins = [], []
-    for number, (path, finished) in enumerate(sources):
-        if finished is None:
-            files, run = [str(path)], "run"
-            origins += _packed(connection, path, number)
+    for number, (place, runs) in enumerate(found):
+        finished = [run for run in runs if run["state"] == "finished"]
+        origins += [run | {"source": number} for run in finished]
+        if place.is_file():
+            files, run = [str(place)], "run"
         else:
             files, run = [str(Path(run["folder"], "results.parquet")) for run in finished], "parse_filename(parse_dirpath(filename))"
-            origins += [run | {"source": number} for run in finished]
         if files:
             listed = ", ".join("'" + file.replace("'", "''") + "'" for file in files)
             rows = f"SELECT * FROM read_parquet([{listed}], union_by_name = true, filename = true, file_row_number = true)"
@@ -236,15 +213,6 @@ def _everything(
     return connection.sql(f"SELECT * FROM ({rows}) JOIN origin USING (source, run) ORDER BY source, run, file_row_number")
 
 
-def _packed(connection: duckdb.DuckDBPyConnection, file: Path, number: int) -> list[dict[str, Any]]:
-    """Where the rows of a packed file come from, a run each."""
-    try:
-        rows = connection.read_parquet(str(file)).project(", ".join(["run", *ORIGIN, "uses"])).distinct().fetchall()
-    except duckdb.Error as error:
-        raise StoreError(f"{file} is no file made by pack: {str(error).splitlines()[0]}") from None
-    return [dict(zip(["run", *ORIGIN, "uses"], row)) | {"source": number} for row in rows]
-
-
 def _chosen(origins: list[dict[str, Any]], present: Present) -> pa.Table:
     """Of each run the origin that started last, with `stale`."""
     latest: dict[str, dict[str, Any]] = {}
@@ -252,9 +220,10 @@ def _chosen(origins: list[dict[str, Any]], present: Present) -> pa.Table:
         if origin["run"] not in latest or origin["started"] > latest[origin["run"]]["started"]:
             latest[origin["run"]] = origin
     stale = cache(present.is_stale)
-    names = ["run", *ORIGIN, "uses"]
-    schema = pa.schema([("source", pa.int32()), *((name, pa.string()) for name in names), ("stale", pa.bool_())])
-    rows = [{**{name: run[name] for name in ("source", *names)}, "stale": stale(run["notebook"], run["code"], run["uses"])}
+    kinds = {"VARCHAR": pa.string(), "DOUBLE": pa.float64()}
+    of_a_run = [(name, kinds[kind]) for name, kind in OF_A_RUN.items()]
+    schema = pa.schema([("source", pa.int32()), ("run", pa.string()), *of_a_run, ("stale", pa.bool_())])
+    rows = [{**{name: run[name] for name in ("source", "run", *OF_A_RUN)}, "stale": stale(run["notebook"], run["code"], run["uses"])}
             for run in latest.values()]
     return pa.Table.from_pylist(rows, schema=schema)
 

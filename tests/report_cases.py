@@ -128,7 +128,8 @@ def localized(seeds: int = 3) -> pd.DataFrame:
 def pack(rows: pd.DataFrame, file: Path, stale: bool = False, notebook: str = NOTEBOOK) -> Path:
     """A packed file as `store.pack` writes it, of runs that this code made, or older code."""
     code = "0" * 64 if stale else provenance.code_hash(notebook)
-    origin = {"notebook": notebook, "commit": "c0ffee", "code": code, "started": "2026-01-02T03:04:05+00:00", "machine": "m", "uses": "{}"}
+    origin = {"notebook": notebook, "commit": "c0ffee", "code": code, "started": "2026-01-02T03:04:05+00:00", "machine": "m", "uses": "{}",
+              "profile": "quick", "minutes": 1.5, "memory_gb": 0.5}
     table = rows.assign(**{name: value for name, value in origin.items() if name not in rows})[store.PACKED]
     file.parent.mkdir(parents=True, exist_ok=True)
     pq.write_table(pa.Table.from_pandas(table, preserve_index=False), file)

@@ -1,6 +1,7 @@
 """The store: one schema from many files, read while it is written, flagged where it is old."""
 
 import json
+import os
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -77,6 +78,15 @@ def test_types_do_not_depend_on_what_a_run_left_out(home):
     assert "extra" not in rows
 
 
+def test_the_profile_of_a_run_is_a_column(home):
+    for seed, profile in enumerate(("quick", "full")):
+        stored(home / "out", seed, profile=profile)
+    assert read(home).groupby("seed")["profile"].unique().map(list).to_dict() == {0: ["quick"], 1: ["full"]}
+    assert set(read(home, profile="full")["seed"]) == {1}
+    table = store.runs(home / "out", home)
+    assert sorted(table["profile"]) == ["full", "quick"] and set(table["model"]) == {"m"}
+
+
 def test_only_finished_runs_are_read_and_all_are_listed(home):
     stored(home / "out", 0)
     stored(home / "out", 1, finish=False)
@@ -100,6 +110,15 @@ def test_filters(home):
     assert read(home, attack="relearn full").empty and read(home, stale=True).empty
     with pytest.raises(StoreError, match="no column atack; there are run, model, facts"):
         read(home, atack="none")
+
+
+@pytest.mark.parametrize("several", [{0, 2}, np.array([0, 2]), pd.Series([0, 2]), (0, 2), range(0, 3, 2), iter([0, 2])], ids=type)
+def test_a_filter_takes_values_in_any_form(home, several):
+    for seed in range(3):
+        stored(home / "out", seed)
+    assert set(read(home, seed=several)["seed"]) == {0, 2}
+    assert set(read(home, seed=np.int64(1))["seed"]) == {1}
+    assert read(home, seed=[]).empty
 
 
 def test_a_relation_is_for_sql(home):
@@ -151,6 +170,64 @@ def test_a_packed_file_reads_as_its_runs_do(home, capsys):
     assert len(both) == 9
     assert both.groupby("seed")["value"].max().to_dict() == {0: 0.2, 1: 9.0, 2: 2.2}
     assert both.groupby("seed")["stale"].any().to_dict() == {0: True, 1: False, 2: True}
+
+
+def test_packed_runs_say_what_they_took(home):
+    for seed, profile in enumerate(("quick", "full")):
+        stored(home / "out", seed, profile=profile)
+    store.pack([home / "out"], home / "packs" / "all.parquet", home)
+    columns = ["run", "model", "profile", "notebook", "started", "machine", "state", "minutes", "memory_gb", "uses", "stale"]
+    made = store.runs(home / "out", home)[columns]
+    for place in (home / "packs" / "all.parquet", home / "packs"):
+        pd.testing.assert_frame_equal(store.runs(place, home)[columns], made)
+    # packed again
+    store.pack([home / "packs"], home / "again.parquet", home)
+    pd.testing.assert_frame_equal(store.runs(home / "again.parquet", home)[columns], made)
+    assert set(read(home, home / "again.parquet")["profile"]) == {"quick", "full"}
+
+
+def test_files_that_were_packed_before_a_column_was_are_read(home):
+    stored(home / "out", 0)
+    store.pack([home / "out"], home / "new.parquet", home)
+    pd.read_parquet(home / "new.parquet").drop(columns=["profile", "minutes", "memory_gb"]).to_parquet(home / "old.parquet", index=False)
+    rows = read(home, home / "old.parquet")
+    assert len(rows) == 3 and set(rows["profile"]) == {""}
+    (run,) = store.runs(home / "old.parquet", home).to_dict("records")
+    assert run["state"] == "finished" and run["profile"] == "" and np.isnan(run["minutes"]) and np.isnan(run["memory_gb"])
+
+
+TORN = {
+    "results.parquet": [lambda whole: b"", lambda whole: whole[: len(whole) // 2], lambda whole: bytes(len(whole))],
+    "provenance.json": [lambda whole: b"{}", lambda whole: b"[]", lambda whole: b"", lambda whole: b"\xff\x00"],
+    "done.json": [lambda whole: b"{}", lambda whole: b"", lambda whole: b"\xff\x00"],
+    "parameters.json": [lambda whole: b"3"],
+}
+
+
+@pytest.mark.parametrize(("name", "tear"), [(name, tear) for name, ways in TORN.items() for tear in ways])
+def test_a_torn_file_costs_its_run_alone(home, name, tear):
+    made = [stored(home / "out", seed) for seed in range(3)]
+    file = made[1].folder / name
+    file.write_bytes(tear(file.read_bytes()))
+    with pytest.warns(UserWarning, match=f"left out, as they cannot be read: .*{made[1].id}.*{name}: ") as said:
+        rows = read(home)
+    assert len(said) == 1 and Path(said[0].filename).name == Path(__file__).name
+    assert set(rows["seed"]) == {0, 2} and len(rows) == 6
+    table = store.runs(home / "out", home).set_index("run")
+    assert table["state"].to_dict() == {made[0].id: "finished", made[1].id: "unreadable", made[2].id: "finished"}
+    assert table.loc[made[1].id, "error"].startswith(f"{name}: ") and table.loc[made[1].id, "notebook"] == STEM
+    stored(home / "out", 1)
+    assert len(read(home)) == 9
+
+
+def test_what_is_written_is_on_the_disk_before_it_has_its_name(tmp_path, monkeypatch):
+    happened = []
+    for name in ("fsync", "replace"):
+        real = getattr(os, name)
+        monkeypatch.setattr(os, name, lambda *a, real=real, name=name: (happened.append((name, os.stat(a[0]).st_ino)), real(*a))[1])
+    provenance.write_text(tmp_path / "file", "text")
+    inode = (tmp_path / "file").stat().st_ino
+    assert happened == [("fsync", inode), ("replace", inode)]
 
 
 def test_packed_values_have_three_decimals(home):

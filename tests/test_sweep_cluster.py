@@ -1,17 +1,18 @@
 """Sweeps on Ray: the same rows as on this machine, and a lost node costs no run."""
 
 import json
+import sys
 import threading
 
 import pandas as pd
 import pytest
 from sweep_cases import FINISH, MARK, RESULT, command, entry, failure, is_alive, marks, notebook, sweep, sweep_file, wait_for
 
-from helpers import store
+from helpers import provenance, store
 from helpers.store import Present
+from helpers.sweep import __main__ as command_line
 from helpers.sweep import cluster, driver, plan
 
-pytestmark = pytest.mark.slow
 ROWS = 'import torch\nrun.record([{"x": float(x)} for x in torch.randn(8, generator=run.generator("x"))])'
 GO = """import time
 until = time.time() + 240
@@ -38,6 +39,7 @@ def left_by(task) -> dict[str, object]:
     return found
 
 
+@pytest.mark.slow
 def test_the_same_rows_as_on_this_machine(tmp_path, ray):
     folders = [tmp_path / "here", tmp_path / "there"]
     for folder in folders:
@@ -62,6 +64,7 @@ def test_the_same_rows_as_on_this_machine(tmp_path, ray):
     assert [driver.state(task, Present(folders[1])) for task in there] == ["finished"] * 3 + ["failed"]
 
 
+@pytest.mark.slow
 def test_runs_of_a_lost_node_are_made_on_another(tmp_path, ray):
     from ray.cluster_utils import Cluster
 
@@ -86,3 +89,64 @@ def test_runs_of_a_lost_node_are_made_on_another(tmp_path, ray):
     begun = [seed for seed, _ in marks(tmp_path / "notes")]
     assert len(begun) == 4 and set(begun) == {0, 1, 2}
     assert sorted(store.read(tmp_path / "out", notebooks=tmp_path)["value"]) == [0.0, 0.5, 1.0, 1.5, 2.0, 2.5]
+
+
+@pytest.mark.slow
+def test_runs_that_no_node_has_room_for_are_refused_at_the_start(tmp_path, ray):
+    notebook(tmp_path, "50_large", FINISH)
+    process = command(sweep_file(tmp_path, entry("50_large", needs={"cpus": 4000, "memory_gb": 1})), "--engine", "ray")
+    said, _ = process.communicate(timeout=120)
+    assert process.returncode == 2 and "a run needs 4000 cores, 0 GPUs and 1.0 GB of memory, and no node" in said.splitlines()[-1]
+
+
+NODES = [{"CPU": 0.0, "memory": 1e9}, {"CPU": 64.0, "memory": 100e9}, {"CPU": 8.0, "GPU": 2.0, "memory": 50e9}]
+
+
+@pytest.mark.parametrize(("needs", "closest"), [
+    ({"cpus": 64, "memory_gb": 100}, None),
+    ({"cpus": 8, "gpus": 2}, None),
+    ({"cpus": 65}, "64 cores, 0 GPUs and 100.0 GB of memory"),
+    ({"cpus": 9, "gpus": 1}, "8 cores, 2 GPUs and 50.0 GB of memory"),
+    ({"cpus": 4, "gpus": 4}, "8 cores, 2 GPUs and 50.0 GB of memory"),
+    ({"cpus": 8, "gpus": 2, "memory_gb": 51}, "8 cores, 2 GPUs and 50.0 GB of memory"),
+])
+def test_room_is_that_of_one_node(needs, closest):
+    wanted = [cluster._resources(plan.Needs(**needs))]
+    if not closest:
+        return cluster.require_room(wanted, NODES)
+    with pytest.raises(plan.SweepError, match=f"no node of the Ray cluster is that large; the largest has {closest}"):
+        cluster.require_room(wanted, NODES)
+
+
+class Unreachable:
+    """Ray where no cluster is."""
+
+    def init(self, *a, **k):
+        raise ConnectionError("Could not find any\nrunning Ray instance.")
+
+
+@pytest.mark.parametrize(("address", "why"), [("auto", "Could not find any running Ray instance."), ("127.0.0.1:9", "refused"),
+                                              ("ray://nowhere.invalid:10001", "")])
+def test_a_cluster_that_does_not_answer_is_named_in_one_line(tmp_path, monkeypatch, capsys, address, why):
+    notebook(tmp_path, "50_rows", FINISH)
+    monkeypatch.setitem(sys.modules, "ray", Unreachable())
+    monkeypatch.setenv("RAY_ADDRESS", address)
+    assert command_line.main([str(sweep_file(tmp_path, entry("50_rows"))), "--engine", "ray", "--out", str(tmp_path / "out")]) == 2
+    (line,) = capsys.readouterr().err.strip().splitlines()
+    assert line.startswith(f"no Ray cluster at {address}: ") and why in line
+
+
+def test_inputs_that_do_not_come_with_the_project_are_refused(tmp_path, capsys):
+    notebook(tmp_path, "50_rows", FINISH)
+    for name in ("own.csv", "known.csv"):
+        (tmp_path / name).touch()
+    dry_run = lambda **given: command_line.main([str(sweep_file(tmp_path, entry("50_rows", fixed=given))), "--dry-run", "--engine", "ray",
+                                                 "--out", str(tmp_path / "out")])
+    root = provenance.project_root()
+    outside = {"model": "/models/mine", "facts": "own.csv"}  # whether it is there or not, and relative to the notebook
+    for name, value in [*outside.items(), ("facts", f"counterfact:{tmp_path / 'known.csv'}"), ("model", str(root / "runs" / "mine"))]:
+        assert dry_run(**{name: value}) == 2
+        assert f"these are not in it: {name} {value}. Copy them into the project" in capsys.readouterr().err
+    for given in ({}, {"model": "tiny-llama3", "facts": "athletes"}, {"model": "some/model"}, {"facts": str(root / "data" / "world.csv")}):
+        assert dry_run(**given) == 0
+        assert "1 to do as the cluster has room" in capsys.readouterr().out

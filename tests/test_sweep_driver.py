@@ -6,21 +6,24 @@ import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 
+import psutil
 import pytest
 from filelock import FileLock
-from sweep_cases import FINISH, HANG, MARK, RESULT, command, entry, is_alive, marks, notebook, sweep, sweep_file, wait_for
+from sweep_cases import FINISH, MARK, RESULT, command, entry, is_alive, marks, notebook, sweep, sweep_file, wait_for
 
 from helpers import provenance, store
 from helpers.store import Present
 from helpers.sweep import driver, plan
+from helpers.sweep.pool import WARM
 
 
 class Scripted:
     """An engine that starts nothing: runs end at once, with the error that is written for them, else finished."""
 
-    workers = free = 2
+    side_by_side = free = 2
 
     def __init__(self, errors=None):
         self.errors, self.started = errors or {}, []
@@ -105,25 +108,60 @@ def test_runs_whose_rows_are_kept_elsewhere_are_not_made_again(tmp_path):
     shutil.rmtree(tmp_path / "out")
     notebook(tmp_path, "50_rows", RESULT.replace("[run.seed,", "[7,"), FINISH)  # other code
     assert set(kept().values()) == {True}
-    assert scripted(file, packed=kept()).counts == {"stale before": 2, "done": 1}
-    shutil.rmtree(tmp_path / "out")
-    assert scripted(file, redo=("stale",), packed=kept()).counts == {"done": 3}
+    assert scripted(file, redo=("stale",), packed=kept()).counts == {"packed, stale before": 2, "done": 1}
+    # nor are those that the store has by older code
+    for task in plan.load(file, str(tmp_path / "out"))[:2]:
+        provenance.write_json(task.folder / "done.json", {"code": "older", "uses": {}})
+    assert scripted(file, redo=("stale", "failed"), packed=kept()).counts == {"packed, stale before": 2, "done": 1}
+    assert scripted(file, redo=("stale",)).counts == {"done": 3}
+    assert scripted(file, redo=("stale", "packed, stale"), packed=kept()).counts == {"done": 3}
     with pytest.raises(store.StoreError, match="no runs at"):
         store.packed(tmp_path / "nowhere.parquet")
 
 
-@pytest.mark.parametrize("ending", [signal.SIGKILL, signal.SIGINT])
-def test_a_killed_or_interrupted_sweep_leaves_nothing_running_and_is_resumed(tmp_path, notes, ending):
-    hang = f"if run.seed > 0 and not (pathlib.Path(run.params.notes).parent / 'go').exists():\n    {HANG.replace(chr(10), '; ')}"
-    notebook(tmp_path, "50_long", MARK, RESULT, hang, FINISH)
+def test_what_cannot_be_read_is_made_again(tmp_path):
+    notebook(tmp_path, "50_rows", RESULT, FINISH)
+    file = sweep_file(tmp_path, entry("50_rows", grid={"seed": [0, 1, 2]}))
+    tasks = sweep(file).tasks
+    (tasks[0].folder / "results.parquet").write_bytes(b"")
+    (tasks[1].folder / "provenance.json").write_bytes(b"{}")
+    assert [driver.state(task, Present(tmp_path)) for task in tasks] == ["unreadable", "unreadable", "finished"]
+    assert sweep(file, ()).counts == {"done": 2, "finished before": 1}
+    assert len(store.read(tmp_path / "out", notebooks=tmp_path)) == 6
+
+
+@pytest.fixture
+def temporary(monkeypatch):
+    """The folder for temporary files, short enough for sockets."""
+    folder = Path(tempfile.mkdtemp(dir="/tmp", prefix="k"))
+    monkeypatch.setenv("TMPDIR", str(folder))
+    yield folder
+    shutil.rmtree(folder, ignore_errors=True)
+
+
+# with a child of the kernel in a session of its own, which no signal to the kernel's group reaches
+HANG_WITH_CHILD = """import subprocess, sys, time
+if run.seed > 0 and not (pathlib.Path(run.params.notes).parent / "go").exists():
+    child = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(600)"], start_new_session=True)
+    pathlib.Path(run.params.notes, "..", "children", f"{run.seed}-{child.pid}").touch()
+    time.sleep(600)"""
+
+
+@pytest.mark.parametrize("ending", [signal.SIGKILL, signal.SIGINT, signal.SIGTERM])
+def test_a_killed_or_interrupted_sweep_leaves_nothing_running_and_is_resumed(tmp_path, notes, temporary, ending):
+    (tmp_path / "children").mkdir()
+    notebook(tmp_path, "50_long", MARK, RESULT, HANG_WITH_CHILD, FINISH)
     file = sweep_file(tmp_path, entry("50_long", fixed={"notes": str(notes)}, grid={"seed": [0, 1, 2]}))
     process = command(file, "--workers", "1")
-    wait_for(lambda: 1 in dict(marks(notes)))
+    wait_for(lambda: 1 in dict(marks(tmp_path / "children")))
     # Ctrl-C reaches the whole foreground group, kill -9 the one process
     (os.killpg if ending == signal.SIGINT else os.kill)(process.pid, ending)
     said, _ = process.communicate(timeout=60)
-    assert process.returncode == (130 if ending == signal.SIGINT else -ending), said
-    wait_for(lambda: not any(is_alive(pid) for _, pid in marks(notes)), 30)
+    assert process.returncode == (-ending if ending == signal.SIGKILL else 130), said
+    hung = [dict(marks(folder))[1] for folder in (notes, tmp_path / "children")]
+    wait_for(lambda: not any(map(is_alive, hung)), 30)
+    if ending != signal.SIGKILL:
+        assert "Traceback" not in said and not list(temporary.iterdir())
     states = store.runs(tmp_path / "out", tmp_path)["state"].tolist()
     assert sorted(states) == ["finished", "unfinished"]
     # what was cut off is not read, what had finished is
@@ -133,6 +171,18 @@ def test_a_killed_or_interrupted_sweep_leaves_nothing_running_and_is_resumed(tmp
     assert sweep(file).counts == {"finished before": 1, "done": 2}
     assert before.items() < dates(tmp_path).items()
     assert [seed for seed, _ in marks(notes)] == [0, 1, 1, 2]
+
+
+@pytest.mark.skipif(not WARM, reason="nothing is imported beforehand here")
+def test_an_interrupt_while_packages_are_imported_for_all_runs_says_so_and_no_more(tmp_path, notes, temporary):
+    notebook(tmp_path, "50_long", MARK, FINISH)
+    process = command(sweep_file(tmp_path, entry("50_long", fixed={"notes": str(notes)})))
+    warm = lambda: [child for child in psutil.Process(process.pid).children() if "forkserver" in " ".join(child.cmdline())]
+    wait_for(lambda: any("torch" in mapped.path for child in warm() for mapped in child.memory_maps()))
+    os.killpg(process.pid, signal.SIGINT)
+    said, _ = process.communicate(timeout=60)
+    assert process.returncode == 130 and "Traceback" not in said, said
+    assert not marks(notes) and not list(temporary.iterdir())
 
 
 def test_two_sweeps_at_once_share_the_work(tmp_path, notes):
@@ -190,7 +240,7 @@ def test_a_disk_too_full_to_note_a_failure_stops_nothing(tmp_path):
     assert counts == "{'done': 2, 'failed': 1}"
     assert why.startswith("KernelDied (and it could not be noted: [Errno 27] File too large")
     tasks = plan.load(file, str(tmp_path / "out"))
-    assert [bool(store.note(task.folder / "done.json")) for task in tasks] == [True, False, True]
+    assert [(task.folder / "done.json").exists() for task in tasks] == [True, False, True]
     assert not any(tasks[1].folder.iterdir())  # no torn file
     assert driver.state(tasks[1], Present(tmp_path)) == "new"
 

@@ -1,13 +1,14 @@
 """Sweep files: what they expand to, what is refused before anything starts, estimates."""
 
 import json
+import shutil
 import sys
 
 import nbformat
 import pytest
-from sweep_cases import FINISH, entry, notebook, sweep_file
+from sweep_cases import FINISH, RESULT, entry, notebook, sweep, sweep_file
 
-from helpers import cores, parameters, provenance, runs
+from helpers import cores, parameters, provenance, runs, store
 from helpers.store import Present
 from helpers.sweep import __main__ as command_line
 from helpers.sweep import driver, estimates, plan
@@ -94,6 +95,23 @@ def test_a_file_that_is_no_list_of_entries(tmp_path, text):
         plan.load(tmp_path / "other.yaml")
 
 
+def test_a_key_given_twice_is_refused_with_its_line(folder, capsys):
+    file = folder / "sweep.yaml"
+    file.write_text("- notebook: 50_plain.ipynb\n  grid:\n    seed: [0]\n    profile: [quick]\n    seed: [1, 2]\n")
+    assert command_line.main([str(file), "--out", str(folder / "out")]) == 2
+    assert "sweep.yaml, line 5: `seed` is given already in line 3" in capsys.readouterr().err
+    # the same key in two mappings, or one that replaces a merged one, is none given twice
+    file.write_text("- &one {notebook: 50_plain.ipynb, fixed: {seed: 0}}\n- {<<: *one, fixed: {seed: 1}}\n")
+    assert [task.params["seed"] for task in plan.load(file)] == [0, 1]
+
+
+def test_a_file_that_is_not_utf8_is_refused(folder, capsys):
+    file = folder / "sweep.yaml"
+    file.write_bytes("- notebook: 50_plain.ipynb  # \xe4".encode("latin-1"))
+    assert command_line.main([str(file), "--out", str(folder / "out")]) == 2
+    assert capsys.readouterr().err == f"{file} cannot be read: it is not UTF-8 (byte 30)\n"
+
+
 def test_a_broken_notebook_file_is_named(folder):
     (folder / "51_torn.ipynb").write_text('{"cells": [')
     notebook(folder, "52_bare", FINISH)
@@ -118,11 +136,32 @@ def test_estimates_are_those_of_the_most_similar_stored_runs(folder):
             finished_run(task, *made)
     states = [driver.state(task, Present(folder)) for task in tasks]
     assert states.count("finished") == 3 and states.count("new") == 3
-    table = estimates.table(tasks, states, folder / "out").assign(todo=[state == "new" for state in states])
+    table = estimates.table(tasks, states, [folder / "out"]).assign(todo=[state == "new" for state in states])
     costs = table.groupby("profile")[["minutes", "memory_gb"]].agg(["min", "max"])
     assert costs.loc["quick"].tolist() == [3.0, 3.0, 3.0, 3.0] and costs.loc["full"].tolist() == [60.0, 60.0, 9.0, 9.0]
     # to do: seed 2 of quick, seeds 1 and 2 of full
-    assert "6 runs (3 finished, 3 new), 3 to do with 2 side by side; about 62 min; up to 18.0 GB" in estimates.summary(table, 2)
+    assert estimates.summary(table, 2) == "6 runs (3 finished, 3 new), 3 to do with 2 side by side; about 62 min; up to 18.0 GB of memory"
+    # nobody knows beforehand how many runs a cluster makes at once
+    assert estimates.summary(table, None).endswith("3 to do as the cluster has room; about 2 h 3 min one after another; up to 9.0 GB of memory a run")
+
+
+def test_estimates_come_from_packed_runs_too(folder, capsys):
+    file = sweep_file(folder, entry("50_plain", grid={"seed": [0, 1, 2], "profile": ["quick", "full"]}))
+    notebook(folder, "50_plain", RESULT, FINISH)
+    for task in sweep(file).tasks[:3]:
+        done = json.loads((task.folder / "done.json").read_text())
+        provenance.write_json(task.folder / "done.json", done | {"minutes": 7.0, "memory_gb": 1.5})
+    for task in plan.load(file, str(folder / "out"))[3:]:
+        shutil.rmtree(task.folder)
+    (folder / "kept").mkdir()
+    store.pack([folder / "out"], folder / "kept" / "three.parquet", folder)
+    shutil.rmtree(folder / "out")
+    notebook(folder, "50_plain", RESULT, "1 + 1", FINISH)  # other code
+    options = [str(file), "--dry-run", "--out", str(folder / "out"), "--workers", "3", "--rows", str(folder / "kept")]
+    assert command_line.main(options) == 0
+    said = capsys.readouterr().out
+    assert said.count("packed, stale") == 4  # thrice in the table
+    assert "6 runs (3 packed, stale, 3 new), 3 to do with 3 side by side; about 7 min; up to 4.5 GB of memory" in said
 
 
 def test_dry_run_prints_the_table_and_leaves_nothing(folder, capsys):
@@ -130,7 +169,7 @@ def test_dry_run_prints_the_table_and_leaves_nothing(folder, capsys):
     assert command_line.main([str(file), "--dry-run", "--out", str(folder / "out"), "--workers", "3"]) == 0
     said = capsys.readouterr().out
     assert said.count("50_plain   new") == 2 and "2.5" in said
-    assert "2 to do with 3 side by side; no estimate for 2" in said
+    assert "2 to do with 3 side by side; up to 5.0 GB of memory; no estimate of time for 2" in said
     assert not (folder / "out").exists()
 
 

@@ -3,13 +3,14 @@
 import os
 import subprocess
 import sys
+import tempfile
 
 import pandas as pd
 import pytest
 from sweep_cases import FINISH, HANG, MARK, entry, executed, failure, is_alive, marks, notebook, sweep, sweep_file, wait_for
 
 from helpers import provenance, store
-from helpers.sweep.pool import WARM, gpus
+from helpers.sweep.pool import WARM, Pool, gpus
 
 SEEN = """import os, time, torch
 run.record([{"threads": torch.get_num_threads(), "gpu": os.environ["CUDA_VISIBLE_DEVICES"], "cwd": os.getcwd(), "pid": os.getpid()}])
@@ -117,6 +118,22 @@ def test_a_full_disk_fails_the_runs_that_need_more_of_it(tmp_path):
     # what was there before the disk was full is whole
     assert large["x"].tolist() == [1.0]
     assert "File too large" in failure(made.tasks[1])
+
+
+def test_kernels_have_files_for_sockets_however_long_the_folder_for_temporary_files_is(tmp_path, monkeypatch):
+    usual = tmp_path / ("as long as on macOS" * 3)
+    usual.mkdir()
+    body = 'from ipykernel.kernelapp import IPKernelApp\nrun.record([{"transport": IPKernelApp.instance().transport}])'
+    notebook(tmp_path, "50_sockets", body, FINISH)
+    monkeypatch.setattr(tempfile, "tempdir", str(usual))
+    (task,) = sweep(sweep_file(tmp_path, entry("50_sockets"))).tasks
+    assert pd.read_parquet(task.folder / "rows.parquet")["transport"].tolist() == ["ipc"]
+
+
+def test_a_pool_that_is_not_entered_leaves_nothing(tmp_path, monkeypatch):
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    Pool(1)
+    assert not list(tmp_path.iterdir())
 
 
 def test_gpus_are_those_this_process_may_use(monkeypatch):

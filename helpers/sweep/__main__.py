@@ -8,6 +8,7 @@
 from __future__ import annotations
 
 import argparse
+import signal
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -16,9 +17,8 @@ import pandas as pd
 
 from helpers import cores, provenance, store
 from helpers.store import Present, StoreError
-from helpers.sweep import estimates, plan
-from helpers.sweep.cluster import IN_FLIGHT, Cluster
-from helpers.sweep.driver import Engine, Sweep, state
+from helpers.sweep import cluster, estimates, plan
+from helpers.sweep.driver import ALWAYS, Engine, Sweep, state
 from helpers.sweep.execution import EXECUTED
 from helpers.sweep.plan import SweepError, Task
 from helpers.sweep.pool import Pool, gpus, n_workers
@@ -35,9 +35,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         engine = _engine(tasks, table, options)
         if options.dry_run:
             print(table.drop(columns="todo").to_string(index=False, na_rep="", float_format="{:.3g}".format))
-            print(estimates.summary(table, engine.workers))
+            print(estimates.summary(table, engine.side_by_side))
             return 0
-        print(estimates.summary(table, engine.workers), flush=True)
+        print(estimates.summary(table, engine.side_by_side), flush=True)
         sweep = Sweep(tasks, engine, present, _redo(options), packed)
         sweep.run()
     except (SweepError, StoreError) as error:
@@ -52,19 +52,21 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def _table(tasks: Sequence[Task], present: Present, packed: Mapping[str, bool], options: argparse.Namespace) -> pd.DataFrame:
     states = [state(task, present, packed) for task in tasks]
-    table = estimates.table(tasks, states, Path(options.out))
-    return table.assign(todo=table["state"].isin({"new", *_redo(options)}))
+    table = estimates.table(tasks, states, [place for place in (options.out, *options.rows) if place.exists()])
+    return table.assign(todo=table["state"].isin(ALWAYS | _redo(options)))
 
 
 def _redo(options: argparse.Namespace) -> set[str]:
-    """The states, beside `new`, that are run."""
-    asked = {"stale": not options.keep_stale, "failed": options.retry_failed, "finished": False, "packed": False}
+    """The states, beside ALWAYS, that are run."""
+    asked = {"stale": not options.keep_stale, "failed": options.retry_failed, "finished": False, "packed": False, "packed, stale": False}
     return {name for name, wanted in asked.items() if wanted or options.force}
 
 
 def _engine(tasks: Sequence[Task], table: pd.DataFrame, options: argparse.Namespace) -> Engine:
     if options.engine == "ray":
-        return Cluster(options.workers or IN_FLIGHT, options.timeout)
+        todo = [task for task, wanted in zip(tasks, table["todo"]) if wanted]
+        cluster.require_sent(todo)
+        return cluster.Cluster(options.workers or cluster.IN_FLIGHT, options.timeout, needs={task.needs for task in todo})
     devices = gpus() if any(task.params["device"] != "cpu" for task in tasks) else []
     workers = options.workers or n_workers(len(devices), max(task.needs.cpus for task in tasks), table["memory_gb"].max())
     return Pool(workers, cores.share(workers), options.timeout, devices)
@@ -89,10 +91,10 @@ def _arguments() -> argparse.ArgumentParser:
     parser.add_argument("--timeout", type=_positive(float), default=240, metavar="MIN", help="minutes a run may take (default: 240)")
     parser.add_argument("--out", type=Path, default=Path("runs"), help="the store (default: runs)")
     parser.add_argument("--rows", type=Path, nargs="+", default=[], metavar="PLACE",
-                        help="packed rows, files or folders such as data/results: runs that are in there are not made again")
+                        help="packed rows, files or folders such as data/results: runs that are in there are not made again, stale or not")
     parser.add_argument("--dry-run", action="store_true", help="print what would run, for how long, and stop")
     parser.add_argument("--retry-failed", action="store_true", help="run again what failed")
-    parser.add_argument("--keep-stale", action="store_true", help="leave runs that older code or other inputs made as they are")
+    parser.add_argument("--keep-stale", action="store_true", help="leave runs in the store that older code or other inputs made as they are")
     parser.add_argument("--force", action="store_true", help="run everything again")
     return parser
 
@@ -108,4 +110,6 @@ def _positive(kind: type) -> type:
 
 
 if __name__ == "__main__":
+    # a batch system ends a job so: it gets the time to clear up that Ctrl-C gets
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
     sys.exit(main())

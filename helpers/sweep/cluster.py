@@ -8,19 +8,24 @@ from __future__ import annotations
 
 import json
 import os
+import socket
 import tempfile
 import time
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
 
 from helpers import provenance
-from helpers.sweep.plan import SweepError, Task
+from helpers.sweep.plan import Needs, SweepError, Task
 from helpers.sweep.pool import WARM, Pool
 
 RETRIES = 3  # of a task whose node or process is lost
 LEFT_BEHIND = [".git", ".venv", ".pytest_cache", ".ruff_cache", "__pycache__", "runs", "tests", "figures", "*.egg-info"]
 IN_FLIGHT = 256
+INPUTS = ("model", "facts", "texts")  # parameters that may name files
+ANSWER = 10.0  # seconds in which a cluster must answer
 
 
 @dataclass(eq=False)
@@ -28,12 +33,15 @@ class Cluster:
     """Runs tasks on the Ray cluster at `address` (default: RAY_ADDRESS, else one that runs on this machine, else a new one there).
 
     At most `workers` tasks are handed to Ray at a time; it runs as many as the cluster has room for. `minutes`: limit of a run.
+    `needs`: of the tasks to come; entering raises SweepError where no node is large enough for one of them, or no cluster answers.
     """
 
     workers: int = IN_FLIGHT
     minutes: float | None = None
     address: str | None = None
+    needs: Collection[Needs] = ()
     warm: bool = WARM
+    side_by_side = None  # as the cluster has room; others may use it, and it may grow
 
     def __enter__(self) -> Cluster:
         try:
@@ -41,11 +49,25 @@ class Cluster:
         except ImportError:
             raise SweepError("--engine ray needs Ray: pip install -e '.[ray]'") from None
         self._ray, self._tasks = ray, {}
-        # the nodes' own environment holds what is secret or particular to them
-        environment = {"working_dir": str(provenance.project_root()), "excludes": LEFT_BEHIND}
-        ray.init(self.address, runtime_env=environment, log_to_driver=False, ignore_reinit_error=True, logging_level="ERROR")
+        self._connect()
+        try:
+            require_room(map(_resources, self.needs), [node["Resources"] for node in ray.nodes() if node["Alive"]])
+        except SweepError:
+            ray.shutdown()
+            raise
         self._git = provenance.git_state(provenance.project_root())
         return self
+
+    def _connect(self) -> None:
+        where = self.address or os.environ.get("RAY_ADDRESS", "")
+        # the nodes' own environment holds what is secret or particular to them
+        environment = {"working_dir": str(provenance.project_root()), "excludes": LEFT_BEHIND}
+        try:
+            _require_answer(where)
+            self._ray.init(self.address, runtime_env=environment, log_to_driver=False, ignore_reinit_error=True, logging_level="ERROR")
+        except (OSError, RuntimeError, ValueError) as error:
+            why = " ".join(str(error).split())[:300]
+            raise SweepError(f"no Ray cluster at {where or 'this machine'}: {why} (RAY_ADDRESS says where; unset, one is started here)") from None
 
     def __exit__(self, *error: object) -> None:
         for reference in self._tasks:
@@ -57,9 +79,9 @@ class Cluster:
         return self.workers - len(self._tasks)
 
     def start(self, task: Task) -> None:
-        needs = task.needs
-        memory = int(needs.memory_gb * 1e9) if needs.memory_gb else None
-        remote = self._ray.remote(run_there).options(num_cpus=needs.cpus, num_gpus=needs.gpus, memory=memory, max_retries=RETRIES)
+        needs = _resources(task.needs)
+        options = {"num_cpus": needs["CPU"], "num_gpus": needs["GPU"], "memory": needs["memory"] or None}
+        remote = self._ray.remote(run_there).options(**options, max_retries=RETRIES)
         root = provenance.project_root()
         inside = task.notebook.is_relative_to(root)
         where = task.notebook.relative_to(root) if inside else Path(task.notebook.name)
@@ -96,6 +118,52 @@ class Cluster:
         if name == "parameters.json":
             return json.dumps(dict(task.params), indent=1, ensure_ascii=False).encode() + b"\n"
         return content
+
+
+def require_sent(tasks: Iterable[Task]) -> None:
+    """Raise SweepError for a model, facts or texts that are given as a path and do not come to the nodes with the project."""
+    given = {(name, str(task.params.get(name, "")), task.notebook.parent) for task in tasks for name in INPUTS}
+    if missing := sorted({f"{name} {value}" for name, value, beside in given if value and not _is_sent(value, beside)}):
+        left = ", ".join(LEFT_BEHIND)
+        raise SweepError(f"--engine ray sends the project to the nodes (without {left}), and these are not in it: {'; '.join(missing)}. "
+                         "Copy them into the project, such as into data/")
+
+
+def require_room(wanted: Iterable[Mapping[str, float]], nodes: Sequence[Mapping[str, float]]) -> None:
+    """Raise SweepError for a run that is larger than any node: Ray would wait for a larger one for ever. Both by Ray's names of resources."""
+    for needs in wanted:
+        asked = {name: amount for name, amount in needs.items() if amount}
+        covered = lambda node, asked=asked: sum(min(1, node.get(name, 0) / amount) for name, amount in asked.items())
+        largest = max(nodes, key=covered, default={})
+        if covered(largest) < len(asked):
+            raise SweepError(f"a run needs {_size(needs)}, and no node of the Ray cluster is that large; the largest has {_size(largest)}")
+
+
+def _is_sent(value: str, beside: Path) -> bool:
+    """Whether what a parameter names is there on a node: by name, or as a path in the project."""
+    given = Path(value.rpartition(":")[2]).expanduser()  # "counterfact:<path>" reads a local copy
+    path, root = (beside / given).resolve(), provenance.project_root().resolve()
+    if not given.is_absolute() and not path.exists():  # the name of something bundled, or on the hub
+        return True
+    inside = path.is_relative_to(root)
+    return inside and not any(fnmatch(part, left) for part in path.relative_to(root).parts for left in LEFT_BEHIND)
+
+
+def _require_answer(address: str) -> None:
+    """Raise OSError where nothing listens at host:port, which Ray itself would try for minutes."""
+    host, _, port = address.removeprefix("ray://").rpartition(":")
+    if port.isdigit():  # and not "auto" or "local"
+        socket.create_connection((host.strip("[]"), int(port)), timeout=ANSWER).close()
+
+
+def _resources(needs: Needs) -> dict[str, float]:
+    """Needs by Ray's names; memory in bytes."""
+    return {"CPU": needs.cpus, "GPU": needs.gpus, "memory": int((needs.memory_gb or 0) * 1e9)}
+
+
+def _size(resources: Mapping[str, float]) -> str:
+    cpus, gpus, memory = (resources.get(name, 0) for name in ("CPU", "GPU", "memory"))
+    return f"{cpus:g} cores, {gpus:g} GPUs" + (f" and {memory / 1e9:.1f} GB of memory" if memory else "")
 
 
 def run_there(task: Task, text: str | None, minutes: float | None, warm: bool) -> tuple[str, dict[str, bytes]]:

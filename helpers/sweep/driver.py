@@ -19,21 +19,23 @@ from typing import Protocol
 
 from filelock import FileLock, Timeout
 
-from helpers import provenance, runs, store
+from helpers import listing, provenance, runs
+from helpers.listing import OLD
 from helpers.progress import is_headless
-from helpers.store import OLD, Present
+from helpers.store import Present
 from helpers.sweep.estimates import duration
 from helpers.sweep.execution import EXECUTED
 from helpers.sweep.plan import Task
 
 LOCKS = ".locks"
+ALWAYS = frozenset({"new", "unreadable"})  # states of runs that have no rows to keep
 PATIENCE = 1.0  # seconds between looks at what runs, and at locks that others hold
 
 
 class Engine(Protocol):
-    """Where tasks run. Leaving its `with` block ends what still runs."""
+    """Where tasks run. Leaving its `with` block ends what still runs. `side_by_side`: how many at once, None where that is not known before."""
 
-    workers: int
+    side_by_side: int | None
 
     @property
     def free(self) -> int: ...
@@ -48,24 +50,28 @@ class Engine(Protocol):
 
 
 def state(task: Task, present: Present, packed: Mapping[str, bool] = MappingProxyType({})) -> str:
-    """What the store holds of a run: `finished`, `stale` (by other code or inputs), `failed` (by this code) or `new`.
+    """What the store holds of a run: `finished`, `stale` (by other code or inputs), `failed` (by this code), `unreadable` or `new`.
 
-    `packed`: runs whose rows are kept elsewhere (`store.packed`); what the store has none of may be `packed`, or `stale` there.
+    `packed`: runs whose rows are kept elsewhere, and whether they are stale there (`store.packed`). What the store has not finished by
+    this code is then `packed`, or `packed, stale`.
     """
     code = present.code(task.notebook.stem, task.notebook.parent)
-    if runs.is_current(task.folder, code, present.digest):
+    readable = listing.is_readable(task.folder)
+    if readable and runs.is_current(task.folder, code, present.digest):
         return "finished"
-    if store.note(task.folder / "done.json"):
+    if task.run in packed:
+        return "packed, stale" if packed[task.run] else "packed"
+    if not readable:
+        return "unreadable"
+    if (task.folder / "done.json").exists():
         return "stale"
-    failed = store.note(task.folder / "failed.json")
-    if failed and failed["code"] == code:
-        return "failed"
-    return {False: "packed", True: "stale"}.get(packed.get(task.run), "new")
+    failed = listing.failure(task.folder)
+    return "failed" if failed and failed.code == code else "new"
 
 
 @dataclass
 class Sweep:
-    """Tasks to be run where the store has them in a state of `redo`, new ones in any case.
+    """Tasks to be run where the store has them in a state of `redo`, or of ALWAYS in any case.
 
     `counts` and `failures` say in the end what became of them; a run that needs no doing counts under its state.
     """
@@ -79,7 +85,7 @@ class Sweep:
     failures: list[tuple[Task, str]] = field(default_factory=list)
 
     def run(self) -> None:
-        """Run all there is to do. KeyboardInterrupt ends what is under way, and the store stays as it is."""
+        """Run all there is to do. KeyboardInterrupt (of Ctrl-C, or SIGTERM) ends what is under way, and the store stays as it is."""
         self._waiting, self._locks, self._began = list(self.tasks), {}, time.monotonic()
         try:
             with self.engine:
@@ -109,7 +115,7 @@ class Sweep:
         self._locks[task] = lock
         # looked at only now: another sweep may have run it since
         found = state(task, self.present, self.packed)
-        if found != "new" and found not in self.redo:
+        if found not in ALWAYS and found not in self.redo:
             return self._settle(task, f"{found} before")
         try:
             _set_aside(task.folder)

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
 import multiprocessing
 import os
 import threading
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from multiprocessing import connection
 from pathlib import Path
 from typing import Any
+
+import psutil
 
 from helpers import notebooks, provenance
 from helpers.sweep import kernels
@@ -35,6 +38,21 @@ def attempt(notebook: Path, folder: Path, given: Mapping[str, Any], env: Mapping
     result.send(error)
 
 
+def descendants(pid: int) -> list[psutil.Process]:
+    """What a process has started, and what that has, in whatever groups and sessions; less what has outlived its own parent."""
+    try:
+        return psutil.Process(pid).children(recursive=True)
+    except psutil.NoSuchProcess:
+        return []
+
+
+def kill(processes: Iterable[psutil.Process]) -> None:
+    """End processes, some of which may have ended."""
+    for process in processes:
+        with contextlib.suppress(psutil.NoSuchProcess):
+            process.kill()
+
+
 def _redirect(log: Path) -> None:
     with log.open("wb") as file:
         for descriptor in (1, 2):
@@ -42,6 +60,7 @@ def _redirect(log: Path) -> None:
 
 
 def _follow_parent() -> None:
-    """End when the process that started this one is gone, however it went; the kernel follows in turn."""
+    """End, with the kernel and all it has started, when the process that started this one is gone, however it went."""
     connection.wait([multiprocessing.parent_process().sentinel])
+    kill(descendants(os.getpid()))
     os._exit(1)

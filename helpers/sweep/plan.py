@@ -34,6 +34,24 @@ class SweepError(ValueError):
     """A sweep cannot be run as written; one line a problem, each with what is allowed."""
 
 
+class RepeatedKey(Exception):
+    """A mapping names a key twice; the message says which, and where."""
+
+
+class Loader(yaml.SafeLoader):
+    """Refuses a repeated key, of which YAML's own loader takes the last without a word."""
+
+    def compose_mapping_node(self, anchor: str | None) -> yaml.MappingNode:
+        node = super().compose_mapping_node(anchor)
+        lines: dict[tuple[str, str], int] = {}
+        for key, _ in node.value:
+            name, line = (key.tag, str(key.value)), key.start_mark.line + 1
+            if name in lines:
+                raise RepeatedKey(f"line {line}: `{key.value}` is given already in line {lines[name]}")
+            lines[name] = line
+        return node
+
+
 class Strict(BaseModel):
     model_config = ConfigDict(extra="forbid", strict=True, frozen=True)
 
@@ -79,9 +97,13 @@ def load(file: Path | str, out: str = "runs") -> list[Task]:
     """The runs of a sweep file in order, a repeated one once; `out` as in a notebook's parameters. Raises SweepError."""
     file = Path(file)
     try:
-        raw = yaml.safe_load(file.read_text(encoding="utf-8"))
+        raw = yaml.load(file.read_text(encoding="utf-8"), Loader)
     except OSError as error:
         raise SweepError(f"{file} cannot be read: {error.strerror}") from None
+    except UnicodeDecodeError as error:
+        raise SweepError(f"{file} cannot be read: it is not UTF-8 (byte {error.start})") from None
+    except RepeatedKey as error:
+        raise SweepError(f"{file.name}, {error}") from None
     except yaml.YAMLError as error:
         raise SweepError(f"{file.name} is no YAML: {' '.join(str(error).split())}") from None
     if not isinstance(raw, list) or not raw:

@@ -22,8 +22,9 @@ from pathlib import Path
 import psutil
 
 from helpers import cores
+from helpers.notebooks import LONGEST_SOCKET_FOLDER
 from helpers.progress import HEADLESS_VARIABLE
-from helpers.sweep.execution import attempt
+from helpers.sweep import execution
 from helpers.sweep.plan import Task
 
 WARM = sys.platform == "linux"
@@ -65,16 +66,19 @@ class Pool:
         self.workers, self.threads, self.minutes, self.gpus, self.warm = workers, threads, minutes, list(gpus), warm
         self._running: list[Running] = []
         self._context = multiprocessing.get_context("forkserver" if warm else "spawn")
-        # short, so that kernels can have their sockets in it
-        self._sockets = tempfile.mkdtemp(prefix="mu-")
 
     def __enter__(self) -> Pool:
+        self._sockets = _socket_folder()
         return self
 
     def __exit__(self, *error: object) -> None:
         for running in self._running:
             _kill(running.process)
         shutil.rmtree(self._sockets, ignore_errors=True)
+
+    @property
+    def side_by_side(self) -> int:
+        return self.workers
 
     @property
     def free(self) -> int:
@@ -86,7 +90,7 @@ class Pool:
         env = self._environment(slot)
         result, theirs = self._context.Pipe(duplex=False)
         arguments = (task.notebook, task.folder, task.given, env, self.warm, theirs)
-        process = self._context.Process(target=attempt, args=arguments)
+        process = self._context.Process(target=execution.attempt, args=arguments)
         if self.warm:
             self._context.set_forkserver_preload(["helpers.sweep.warm"])
         with cores.environment(env):  # threads are set before anything is imported
@@ -123,6 +127,13 @@ class Pool:
         return own | gpu | cores.threads(self.threads)
 
 
+def _socket_folder() -> str:
+    """A new folder that is short enough for kernels to have their sockets in it; on macOS the usual one is not."""
+    name = "mu-12345678"  # of as many characters as it will have
+    fits = len(os.path.join(tempfile.gettempdir(), name)) <= LONGEST_SOCKET_FOLDER
+    return tempfile.mkdtemp(prefix="mu-", dir=None if fits or os.name != "posix" else "/tmp")
+
+
 def _error(running: Running) -> str:
     try:
         return running.result.recv()
@@ -134,9 +145,11 @@ def _error(running: Running) -> str:
 
 def _kill(process: BaseProcess) -> None:
     """End a run with all it has started."""
+    started = execution.descendants(process.pid)  # asked while it lives: later they are nobody's
     try:
         os.killpg(process.pid, signal.SIGKILL)
     except (AttributeError, OSError):  # Windows has no groups; or it has not made its own yet, or is gone
         process.kill()
+    execution.kill(started)
     process.join()
     process.close()

@@ -5,6 +5,10 @@ None of our own modules: a run must see them as they are when it starts.
 
 import contextlib
 import importlib
+import signal
+
+# Ctrl-C in a terminal reaches this process too, and is for the driver alone: it ends this one
+signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 PACKAGES = (
     "torch transformers.models.auto.modeling_auto transformers.models.auto.tokenization_auto nnsight safetensors.torch "
