@@ -211,14 +211,40 @@ def test_of_two_runs_of_an_edit_the_one_that_measured_more_counts(rows):
     pd.testing.assert_frame_equal(kept[kept["run"] != "extra"][list(rows)].reset_index(drop=True), again[list(rows)].reset_index(drop=True))
 
 
+def test_a_fuller_profile_goes_before_a_run_that_is_not_stale_and_no_edit_mixes_two(rows):
+    rows = rows.assign(stale=True, started="0", profile="")
+    quick = rows[rows["localization"] == "lookup"].assign(stale=False, started="1", profile="quick", run="quick", value=0.5)
+    more = quick.head(3).assign(attack="noise: 0.1")
+    other = quick.assign(localization="random")
+    kept = material.one_run_an_edit(pd.concat([quick, more, rows, other], ignore_index=True))
+    assert set(kept.loc[kept["localization"] == "lookup", "run"]) == {f"lookup finetune {seed}" for seed in range(3)}
+    assert len(kept) == len(rows) + len(other) and set(kept.loc[kept["run"] == "quick", "localization"]) == {"random"}
+    full = rows.assign(profile="full", run=lambda table: "full " + table["run"])
+    assert material.one_run_an_edit(pd.concat([rows, full], ignore_index=True))["run"].str.startswith("full ").all()
+
+
+def test_what_rests_on_quick_runs_says_so(rows, declared):
+    assert not tables.verdicts(declared, rows)["warning"].str.contains("quick").any()
+    mixed = rows.assign(profile=rows["profile"].mask(rows["localization"] == "all MLPs", "quick"))
+    found = tables.verdicts(declared, mixed).set_index("claim")
+    assert found.loc["mcq-unlocalized", "against"] == "all MLPs"
+    assert found.loc["mcq-unlocalized", "warning"] == "the rival was trained in the quick profile (all MLPs)"
+    assert "all MLPs (quick profile)" in set(tables.leaderboard(mixed)["name"])
+    picture, = figures.pictures(next(kind for kind in figures.KINDS if kind.name == "worst"), mixed, {})
+    assert picture.note == "Trained in the quick profile: all MLPs."
+    runs = pd.DataFrame([{name: "x" for name in material.ORIGIN} | {"stale": False, "rows": 1, "used": 1, "profile": profile} for profile in ("", "quick")])
+    assert list(tables.provenance(runs)["profile"]) == ["not recorded", "quick"]
+
+
 def test_a_run_that_is_going_on_can_be_reported(rows, tmp_path):
     made = {"git": {"commit": "abc", "dirty": True}, "code": "c", "started": "s", "platform": "p", "device": "cpu", "threads": 2}
-    run = SimpleNamespace(notebook="12_report", folder=tmp_path, provenance=made)
+    run = SimpleNamespace(notebook="12_report", folder=tmp_path, provenance=made, params=SimpleNamespace(profile="quick"))
     with pytest.raises(material.ReportError, match="no results yet"):
         material.current(run)
     rows.to_parquet(tmp_path / "results.parquet")
     found = material.current(run)
     assert len(found.rows) == len(rows) and set(found.runs["run"]) == set(rows["run"]) and set(found.rows["commit"]) == {"abc-dirty"}
+    assert set(found.rows["profile"]) == {"quick"}
 
 
 def test_the_page_is_well_formed_and_loads_nothing(tree, text):

@@ -1,6 +1,6 @@
 """What each stored edit did before any attack: whether it took, what it wrecked, and which names are one and the same edit.
 
-    made = edits.made(rows)              # one row an edit: means, `collapse`, `broken`, `taken`, `weak`
+    made = edits.made(rows)              # one row an edit: means, `collapse`, `broken`, `taken`, `weak`, `quick`
     edits.doubles(rows)                  # (model, facts, method, mask) → the mask that stands for it
 """
 
@@ -16,6 +16,7 @@ from helpers.unlearning.baselines import UNLEARNING
 
 TAKEN = 0.9
 DAGGER = "†"
+QUICK = "quick"  # the profile that trains less
 KEY = ["model", "facts", "n", "method", "localization"]
 MEANS = ["edit", "forget", "retain", "mcq_retain", "text_loss"]
 VALUE = ["n", "seed", "attack", "setting", "fact", "name", "reading", "measure"]
@@ -26,18 +27,19 @@ def made(rows: pd.DataFrame) -> pd.DataFrame:
     """`results.costs` of each edit, over its seeds, indexed by KEY, against the unedited model on the same facts.
 
     `taken`: for how many facts it did what it was trained to do, in the trained words: the new answer or, in unlearning, the true one
-    gone; none for deleted weights, which are told how many to be. `weak`: `taken` is below TAKEN.
+    gone; none for deleted weights, which are told how many to be. `weak`: `taken` is below TAKEN. `quick`: any seed is from a quick run.
     """
     plain = rows[(rows["attack"] == "none") & (rows["measure"].str.endswith(" top1") | (rows["measure"] == "text_loss"))]
     parts = [results.costs(part, KEY) for _, part in plain.groupby("facts", sort=False)]
     if not parts:
-        return pd.DataFrame(columns=[*MEANS, "collapse", "broken", "taken", "weak"], index=pd.MultiIndex.from_tuples([], names=KEY))
+        return pd.DataFrame(columns=[*MEANS, "collapse", "broken", "taken", "weak", "quick"], index=pd.MultiIndex.from_tuples([], names=KEY))
     table = pd.concat(parts)
     table = table.reindex(columns=list(dict.fromkeys([*table, *MEANS])))
     methods = table.index.get_level_values("method")
     taken = table["edit"].where(~methods.isin(UNLEARNING), 1 - table["forget"])
     trained = ~methods.str.startswith("weight mask") & (table.index.get_level_values("localization") != "none")
-    return table.assign(taken=taken.where(trained), weak=(taken < TAKEN) & trained)
+    quick = pd.MultiIndex.from_frame(plain.loc[plain["profile"] == QUICK, KEY].drop_duplicates())
+    return table.assign(taken=taken.where(trained), weak=(taken < TAKEN) & trained, quick=table.index.isin(quick))
 
 
 def doubles(rows: pd.DataFrame) -> dict[tuple[str, str, str, str], str]:
@@ -68,7 +70,7 @@ def marked(rows: pd.DataFrame, table: pd.DataFrame) -> pd.DataFrame:
 
 
 def warnings(model: str, facts: set[str], method: str, sides: dict[str, str], table: pd.DataFrame) -> str:
-    """What must be known of the edits of a comparison, `sides` by what they are ("mask", "rival"): collapsed, or not taken."""
+    """What must be known of the edits of a comparison, `sides` by what they are ("mask", "rival"): collapsed, not taken, or of a quick run."""
     here = table.reset_index()
     here = here[(here["model"] == model) & here["facts"].isin(facts) & (here["method"] == method)]
     said = []
@@ -76,6 +78,7 @@ def warnings(model: str, facts: set[str], method: str, sides: dict[str, str], ta
         for row in here[here["localization"] == name].itertuples():
             said += [f"the {side} collapsed ({name}: {row.collapse})"] * bool(row.collapse)
             said += [f"the edit of the {side} did not take in full ({name}: {row.taken:.2f} of the facts in the trained words)"] * bool(row.weak)
+            said += [f"the {side} was trained in the quick profile ({name})"] * bool(row.quick)
     return "; ".join(dict.fromkeys(said))
 
 

@@ -45,7 +45,7 @@ class Kind:
 @dataclass(frozen=True, eq=False)
 class Picture:
     """One figure, `where` it is from, its estimates (the kind's columns, `reading`, those of `stats.summary`, `chance`, `collapsed`), and
-    a `note` on edits that did not take or collapsed."""
+    a `note` on edits that did not take, collapsed or were trained in the quick profile."""
 
     kind: Kind
     where: str
@@ -131,7 +131,9 @@ def _note(part: pd.DataFrame, made: pd.DataFrame) -> str:
     few = {name: f"{name.removesuffix(f' {edits.DAGGER}')} {edit['taken']:.2f}" for name, edit in of if edit["weak"]}
     lost = {f"{name.removesuffix(f' {edits.DAGGER}')} ({edit['collapse']})" for name, edit in of if edit["collapse"]}
     said = [f"{edits.DAGGER} did not take: share of the facts in the trained words below {edits.TAKEN}: {', '.join(few.values())}."] * bool(few)
-    return " ".join([*said, *[f"Collapsed: {', '.join(sorted(lost))}."] * bool(lost)])
+    quick = {name.removesuffix(f" {edits.DAGGER}") for name, edit in of if edit["quick"]}
+    said += [f"Collapsed: {', '.join(sorted(lost))}."] * bool(lost)
+    return " ".join([*said, *[f"Trained in the quick profile: {', '.join(sorted(quick))}."] * bool(quick)])
 
 
 def _spider(table: pd.DataFrame, title: str) -> Figure:

@@ -133,8 +133,8 @@ def leaderboard(rows: pd.DataFrame, reading: str = "top1", made: pd.DataFrame | 
 
     `worst`: the most that any attack recovers which makes the model itself answer; `inside`: probes too; `untouched`: the edited model
     left alone, on the same facts; each with `…_low`, `…_high`, `…_n_facts`, `…_n_seeds`, as COSTS have them. `attack`: the one that most
-    often recovers a fact. `collapsed`: why the means over seeds count as a wrecked model, by `evaluation.collapse`. `taken`, `weak` and
-    `broken`: from `edits.made`. `name`: the mask, with others that are the same edit, and a dagger where it did not take.
+    often recovers a fact. `collapsed`: why the means over seeds count as a wrecked model, by `evaluation.collapse`. `taken`, `weak`,
+    `broken` and `quick`: from `edits.made`. `name`: the mask, with others that are the same edit, and a dagger where it did not take.
     """
     forget = rows["measure"] == f"forget {reading}"
     spoken = rows[(rows["attack"] == f"worst: {SPOKEN}") & forget]
@@ -154,11 +154,12 @@ def leaderboard(rows: pd.DataFrame, reading: str = "top1", made: pd.DataFrame | 
     attacks = [_most_often(spoken, row) for _, row in table.iterrows()]
     table = table.assign(attack=attacks, collapsed=["; ".join(reason) for reason in reasons], lost=list(map(bool, reasons)))
     made = edits.made(rows) if made is None else made
-    table = table.join(made[["taken", "weak", "broken"]], on=BY)
+    table = table.join(made[["taken", "weak", "broken", "quick"]], on=BY)
     again = edits.doubles(rows[rows["attack"].isin(["none", f"worst: {SPOKEN}"])])
     edit = list(zip(table["model"], table["facts"], table["method"], table["localization"]))
     names = [place + "".join(f" = {name}" for (*of, name), kept in again.items() if (of, kept) == (key, place)) for *key, place in edit]
-    table = table.assign(name=[name + (f" {edits.DAGGER}" if weak else "") for name, weak in zip(names, table["weak"])])
+    marks = [f" {edits.DAGGER}" * bool(weak) + f" ({edits.QUICK} profile)" * bool(quick) for weak, quick in zip(table["weak"], table["quick"])]
+    table = table.assign(name=[name + mark for name, mark in zip(names, marks)])
     table = table[[key not in again for key in edit]]
     return table.sort_values(["model", "facts", "lost", "worst"], kind="stable").drop(columns="lost").reset_index(drop=True)
 
@@ -195,9 +196,10 @@ def localizations(rows: pd.DataFrame) -> pd.DataFrame:
 
 
 def provenance(runs: pd.DataFrame) -> pd.DataFrame:
-    """One row a notebook, commit, code and machine: how many runs, of which stale, rows and rows used, and when they were started."""
+    """One row a notebook, profile, commit, code and machine: how many runs, of which stale, rows and rows used, and when they were started."""
     short = lambda text: text[:8] + ("-dirty" if text.endswith("-dirty") else "")
-    by = ["notebook", "commit", "code", "machine"]
+    runs = runs.assign(profile=runs["profile"].replace("", "not recorded"))
+    by = ["notebook", "profile", "commit", "code", "machine"]
     table = runs.groupby(by, dropna=False).agg(runs=("run", "nunique"), stale=("stale", "sum"), rows=("rows", "sum"), used=("used", "sum"),
                                                first=("started", "min"), last=("started", "max"))
     return table.reset_index().assign(commit=lambda t: t["commit"].map(short), code=lambda t: t["code"].map(short))

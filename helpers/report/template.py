@@ -29,7 +29,10 @@ of a helper that their notebook uses counts.
 No run is stale.
 {% endif %}
 {% if count.set_aside %}
-Of {{ count.set_aside }} runs some or all rows are set aside, because another run measured the same edit, and more of it.
+Of {{ count.set_aside }} runs some or all rows are set aside, because another run measured the same edit, and more of it, or in a fuller profile.
+{% endif %}
+{% if count.quick %}
+{{ count.quick }} of the runs shown are of the quick profile, which trains less; verdicts, figures and tables name the edits that are theirs.
 {% endif %}
 {% if material.unfinished %}
 {{ material.unfinished }} runs failed or never ended, and have no rows here.
@@ -193,10 +196,10 @@ Drawn: {{ readings[section.kind.reading] }}, with 95 % intervals over facts and 
 </tbody></table></div>
 <h3>By commit</h3>
 <div class="scroll"><table id="provenance">
-<thead><tr><th>Notebook</th><th>Commit</th><th>Code</th><th>Machine</th><th>Runs</th><th>Stale</th><th>Rows</th><th>Shown</th><th>Started, first to last</th></tr></thead>
+<thead><tr><th>Notebook</th><th>Profile</th><th>Commit</th><th>Code</th><th>Machine</th><th>Runs</th><th>Stale</th><th>Rows</th><th>Shown</th><th>Started, first to last</th></tr></thead>
 <tbody>
 {% for _, row in origin.iterrows() %}
-<tr><td>{{ row.notebook }}</td><td><code>{{ row.commit }}</code></td><td><code>{{ row.code }}</code></td>
+<tr><td>{{ row.notebook }}</td><td>{{ row.profile }}</td><td><code>{{ row.commit }}</code></td><td><code>{{ row.code }}</code></td>
 <td>{{ row.machine }}</td><td>{{ row.runs }}</td><td>{{ row.stale }}</td><td>{{ row.rows }}</td><td>{{ row.used }}</td><td>{{ row['first'] }} – {{ row['last'] }}</td></tr>
 {% endfor %}
 </tbody></table></div>
