@@ -121,9 +121,6 @@ def test_a_figure_without_rows_says_what_brings_them(tree, tmp_path):
     assert asked == [f"python -m helpers.sweep sweeps/{name}.yaml" for name in ("ablations", "attacks", "editing", "reference", "unlearning")]
     (tmp_path / "mine.yaml").write_text("- notebook: 07_weight_masks\n")
     assert page.command_of(kinds["mask-ladder"], tmp_path) == "python -m helpers.sweep sweeps/mine.yaml"
-    packs = pd.DataFrame({"source": ["data/results/editing.parquet"], "notebook": ["04_localized_editing"]})
-    assert page.command_of(kinds["spider"], packs=packs) == "python -m helpers.sweep sweeps/editing.yaml"
-    assert page.command_of(kinds["spider"], packs=packs.assign(source="n.parquet")) == "python -m helpers.notebooks run 04 05 06 08 --profile standard"
     assert page.command_of(kinds["scaling"], tmp_path) == "python -m helpers.notebooks run 11 --profile standard"
     assert f"No rows for this figure yet. They come from {page.command_of(kinds['mask-ladder'])}" in said(tree)
 

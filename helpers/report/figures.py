@@ -45,13 +45,15 @@ class Kind:
 @dataclass(frozen=True, eq=False)
 class Picture:
     """One figure, `where` it is from, its estimates (the kind's columns, `reading`, those of `stats.summary`, `chance`, `collapsed`), and
-    a `note` on edits that did not take, collapsed or were trained in the quick profile."""
+    a `note` on edits that did not take, collapsed or were trained in the quick profile;
+    `runs`: those behind it."""
 
     kind: Kind
     where: str
     figure: Figure
     table: pd.DataFrame
     note: str
+    runs: tuple[str, ...]
 
 
 def pictures(kind: Kind, rows: pd.DataFrame, chance: Mapping[str, float], made: pd.DataFrame | None = None) -> Iterator[Picture]:
@@ -64,6 +66,7 @@ def pictures(kind: Kind, rows: pd.DataFrame, chance: Mapping[str, float], made: 
     for (model, facts, tried), part in chosen.groupby(["model", "about", "tried"], sort=False):
         if set(part["mask"]) <= {selections.UNEDITED, selections.SHUFFLED}:  # nothing to compare it with
             continue
+        behind = part["run"].dropna().unique()
         part = _renamed(part)
         table = stats.summary(part, [*kind.by, "reading"])
         level = uniform(facts, part) if kind.uniform else chance.get(facts)
@@ -73,7 +76,7 @@ def pictures(kind: Kind, rows: pd.DataFrame, chance: Mapping[str, float], made: 
         if len(drawn):
             where = f"{model}, {facts}" + (f", {tried}" if tried else "")
             figure = kind.draw(drawn.drop(columns="reading"), f"{where}: {READINGS[kind.reading]}")
-            yield Picture(kind, where, figure, table, _note(part, made))
+            yield Picture(kind, where, figure, table, _note(part, made), tuple(behind))
 
 
 def uniform(facts: str, rows: pd.DataFrame) -> float | None:

@@ -2,7 +2,7 @@
 
     material = collect(["data/results", "runs"])
     material.rows          # rows of the store, one run an edit and attack
-    material.runs          # one row a run, also those left out: commit, code, machine, `stale`, `rows`, `used`
+    material.runs          # one row a run, also those left out: commit, code, machine, `stale`, `rows`, `used`, `parameters`
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ class ReportError(ValueError):
 @dataclass(frozen=True, eq=False)
 class Material:
     """`rows` to report on, `runs` they come from and those left out, `unfinished` runs (failed, or never ended), `sources` as text, and
-    `packs`: one row a source and notebook, with its runs, rows, minutes (packed rows do not have them) and machines."""
+    `packs`: one row a source and notebook, with its runs, rows, minutes (packed rows may not have them) and machines."""
 
     rows: pd.DataFrame
     runs: pd.DataFrame
@@ -68,9 +68,11 @@ def collect(sources: Sequence[Path | str], fresh: bool = False, notebooks: Path 
     rows = one_run_an_edit(taken.assign(model=taken["model"].map(known)))
     counts = everything.groupby(ORIGIN, sort=False).size().rename("rows").reset_index()
     runs = counts.assign(used=counts["run"].map(rows["run"].value_counts()).fillna(0).astype(int))
-    states = [store.runs(place, notebooks)["state"] for place in places if place.is_dir()]
-    packs = pd.concat([_pack(place, notebooks) for place in places], ignore_index=True)
-    return Material(rows, runs, sum(int((state != "finished").sum()) for state in states), tuple(map(short_path, places)), packs)
+    folders = {place: store.runs(place, notebooks) for place in places if place.is_dir()}
+    parameters = {run: stated for table in folders.values() for run, stated in zip(table["run"], table["parameters"])}
+    packs = pd.concat([_pack(place, folders.get(place)) for place in places], ignore_index=True)
+    unfinished = sum(int((table["state"] != "finished").sum()) for table in folders.values())
+    return Material(rows, runs.assign(parameters=runs["run"].map(lambda run: parameters.get(run, ""))), unfinished, tuple(map(short_path, places)), packs)
 
 
 def one_run_an_edit(rows: pd.DataFrame) -> pd.DataFrame:
@@ -101,7 +103,7 @@ def current(run: Run) -> Material:
     rows = pd.read_parquet(file).assign(**origin)
     counts = rows.groupby(ORIGIN, sort=False).size().rename("rows").reset_index()
     where = short_path(run.folder)
-    return Material(one_run_an_edit(rows), counts.assign(used=counts["rows"]), 0, (where,), _by_notebook(counts.assign(minutes=float("nan")), where))
+    return Material(one_run_an_edit(rows), counts.assign(used=counts["rows"], parameters=""), 0, (where,), _by_notebook(counts.assign(minutes=float("nan")), where))
 
 
 def _with_profile(rows: pd.DataFrame) -> pd.DataFrame:
@@ -109,14 +111,15 @@ def _with_profile(rows: pd.DataFrame) -> pd.DataFrame:
     return rows.assign(profile=rows["profile"].fillna("") if "profile" in rows else "")
 
 
-def _pack(place: Path, notebooks: Path | None) -> pd.DataFrame:
-    """Runs of one source by notebook."""
-    if place.is_dir():
-        found = store.runs(place, notebooks)
+def _pack(place: Path, found: pd.DataFrame | None) -> pd.DataFrame:
+    """Runs of one source by notebook; `found`: of a folder, its runs."""
+    if found is not None:
         return _by_notebook(found[found["state"] == "finished"].assign(rows=float("nan")), short_path(place))
-    rows = pq.read_table(place, columns=["run", "notebook", "started", "machine"]).to_pandas()
-    runs = rows.groupby(list(rows), sort=False).size().rename("rows").reset_index()
-    return _by_notebook(runs.assign(minutes=float("nan")), short_path(place))
+    columns = ["run", "notebook", "started", "machine"]
+    minutes = ["minutes"] if "minutes" in pq.read_schema(place).names else []
+    rows = pq.read_table(place, columns=columns + minutes).to_pandas()
+    runs = rows.groupby([*columns, *minutes], sort=False, dropna=False).size().rename("rows").reset_index()
+    return _by_notebook(runs if minutes else runs.assign(minutes=float("nan")), short_path(place))
 
 
 def _by_notebook(runs: pd.DataFrame, source: str) -> pd.DataFrame:

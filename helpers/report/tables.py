@@ -164,6 +164,13 @@ def leaderboard(rows: pd.DataFrame, reading: str = "top1", made: pd.DataFrame | 
     return table.sort_values(["model", "facts", "lost", "worst"], kind="stable").drop(columns="lost").reset_index(drop=True)
 
 
+def attacked_runs(rows: pd.DataFrame) -> list[str]:
+    """The runs behind `leaderboard`."""
+    parts = rows[rows["attack"].isin(["none", "worst", f"worst: {SPOKEN}"])].drop_duplicates([*BY, "attack", "run"])
+    attacked = parts.loc[parts["attack"] == f"worst: {SPOKEN}", BY].drop_duplicates()
+    return parts.merge(attacked, on=BY)["run"].unique().tolist()
+
+
 def board_in_words(board: pd.DataFrame) -> pd.DataFrame:
     """Rows of `leaderboard` to be read."""
     columns = {"worst": "worst case", "untouched": "left alone", "inside": "probes too", "edit": "edit, trained words", "retain": "retained",

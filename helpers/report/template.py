@@ -1,6 +1,10 @@
 """The page's HTML, a Jinja template; `helpers.report.page` fills it in. Nothing in it is loaded from elsewhere."""
 
-PAGE = """<!DOCTYPE html>
+PAGE = """{% macro rows_of(made) %}
+{% for command in made.commands %}<code>{{ command }}</code>{{ "; " if not loop.last }}{% endfor %}
+{{ "; " if made.commands and made.rest }}{{ "not among the committed sweeps: " ~ made.rest if made.rest }}
+{% endmacro %}
+<!DOCTYPE html>
 <html lang="en">
 <head>
 <meta charset="utf-8" />
@@ -136,7 +140,7 @@ easily reach the ceiling of 1. {% for facts, level in chance.items() %}Guessing 
 <td>{{ row.worst_n_facts }}, {{ row.worst_n_seeds }}</td><td class="fails">{{ row.collapsed }}</td><td class="small">{{ row.broken }}</td></tr>
 {% endfor %}
 </tbody></table></div>
-<p class="small">Facts and seeds are those of the worst case; costs are read on all facts that the evaluation asks.</p>
+<p class="small">Facts and seeds are those of the worst case; costs are read on all facts that the evaluation asks. Rows: {{ rows_of(board_made) }}</p>
 {% else %}
 <p class="none">No rows of attacks yet: <code>{{ sections[1].command }}</code></p>
 {% endif %}
@@ -158,6 +162,7 @@ out one after the other; small means that it names what the answer needs, which 
 <td class="small">{{ row.units }}</td><td>{{ row.same }} of {{ row.seeds }}</td></tr>
 {% endfor %}
 </tbody></table></div>
+<p class="small">Rows: {{ rows_of(places_made) }}</p>
 {% else %}
 <p class="none">No rows yet: <code>python -m helpers.sweep sweeps/localization.yaml</code></p>
 {% endif %}
@@ -166,13 +171,13 @@ out one after the other; small means that it names what the answer needs, which 
 <h2 id="{{ section.kind.name }}">{{ section.kind.title }}</h2>
 <p>{{ section.kind.says }}
 {% if section.pictures %}
-Drawn: {{ readings[section.kind.reading] }}, with 95 % intervals over facts and seeds. Rows: <code>{{ section.command }}</code></p>
+Drawn: {{ readings[section.kind.reading] }}, with 95 % intervals over facts and seeds.</p>
 {% else %}
 </p><p class="none">No rows for this figure yet. They come from <code>{{ section.command }}</code>.</p>
 {% endif %}
 {% for picture in section.pictures %}
 <h3>{{ picture.where }}</h3>
-<p class="small">{{ picture.facts }} facts, {{ picture.seeds }} seeds an estimate. {{ picture.note }}</p>
+<p class="small">{{ picture.facts }} facts, {{ picture.seeds }} seeds an estimate. {{ picture.note }} Rows: {{ rows_of(picture.made) }}</p>
 <img alt="{{ section.kind.title }}: {{ picture.where }}" src="data:image/png;base64,{{ picture.image }}" />
 <details><summary>numbers</summary><div class="scroll"><table>
 <thead><tr>{% for name in picture.table.columns %}<th>{{ name }}</th>{% endfor %}</tr></thead>
@@ -185,7 +190,7 @@ Drawn: {{ readings[section.kind.reading] }}, with 95 % intervals over facts and 
 {% endfor %}
 
 <h2>Where the rows come from</h2>
-<p>Minutes are those of folders of runs; packed files do not hold them.</p>
+<p>All rows shown: {{ rows_of(everything) }}. Packed files may not hold the minutes that their runs took.</p>
 <div class="scroll"><table id="packs">
 <thead><tr><th>Source</th><th>Notebook</th><th>Runs</th><th>Rows</th><th>Minutes</th><th>Machine</th><th>Started, first to last</th></tr></thead>
 <tbody>
