@@ -118,8 +118,8 @@ def _by_estimate(values: pd.Series, part: pd.DataFrame, table: pd.DataFrame, by:
 
 def _renamed(part: pd.DataFrame) -> pd.DataFrame:
     """Rows of one figure without edits that repeat another, whose name says so, and with a dagger at masks whose edits did not take."""
-    again = {name: kept for (*_, name), kept in edits.doubles(part).items()}
-    names = part.drop_duplicates("localization").set_index("localization")["mask"]
+    drawn = part.drop_duplicates("localization").set_index("localization")
+    names, again = drawn["mask"], {name: kept for name, kept in drawn["same_as"].items() if kept in drawn.index}
     also = {names[kept]: "".join(f" = {names[name]}" for name in again if again[name] == kept) for kept in again.values()}
     part = part[~part["localization"].isin(again)]
     weak = part.groupby("mask")["weak"].any()

@@ -154,13 +154,12 @@ def leaderboard(rows: pd.DataFrame, reading: str = "top1", made: pd.DataFrame | 
     attacks = [_most_often(spoken, row) for _, row in table.iterrows()]
     table = table.assign(attack=attacks, collapsed=["; ".join(reason) for reason in reasons], lost=list(map(bool, reasons)))
     made = edits.made(rows) if made is None else made
-    table = table.join(made[["taken", "weak", "broken", "quick"]], on=BY)
-    again = edits.doubles(rows[rows["attack"].isin(["none", f"worst: {SPOKEN}"])])
-    edit = list(zip(table["model"], table["facts"], table["method"], table["localization"]))
-    names = [place + "".join(f" = {name}" for (*of, name), kept in again.items() if (of, kept) == (key, place)) for *key, place in edit]
+    table = table.join(made[["taken", "weak", "broken", "quick", "same_as"]], on=BY).fillna({"weak": False, "quick": False, "same_as": ""})
+    edit = list(table[BY].itertuples(index=False, name=None))
+    stands = pd.Series([(*key[:-1], same) if (*key[:-1], same) in edit else None for key, same in zip(edit, table["same_as"])], table.index)
+    also = table["localization"].groupby(stands).agg(lambda names: "".join(f" = {name}" for name in names)).to_dict()
     marks = [f" {edits.DAGGER}" * bool(weak) + f" ({edits.QUICK} profile)" * bool(quick) for weak, quick in zip(table["weak"], table["quick"])]
-    table = table.assign(name=[name + mark for name, mark in zip(names, marks)])
-    table = table[[key not in again for key in edit]]
+    table = table.assign(name=[key[-1] + also.get(key, "") + mark for key, mark in zip(edit, marks)])[stands.isna()].drop(columns="same_as")
     return table.sort_values(["model", "facts", "lost", "worst"], kind="stable").drop(columns="lost").reset_index(drop=True)
 
 
