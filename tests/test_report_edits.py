@@ -68,6 +68,19 @@ def test_an_edit_whose_double_was_not_attacked_stands_for_itself(rows):
     assert {"attribution MLPs", "all MLPs", "everything"} == set(tables.leaderboard(both)["name"])
 
 
+def test_a_mask_is_marked_at_the_numbers_of_facts_where_its_edit_did_not_take():
+    sized = cases.sizes()
+    sized = sized[sized["method"] == "finetune, equal steps"]
+    large, small = part_taken(sized, "lookup"), part_taken(sized, "everything")
+    mixed = pd.concat([large[(large["n"] == 256) | (large["localization"] != "lookup")], sized[(sized["n"] < 256) & (sized["localization"] == "lookup")]])
+    kind = next(kind for kind in figures.KINDS if kind.name == "scaling")
+    picture, = figures.pictures(kind, mixed, {})
+    assert set(picture.table["mask"]) == {"lookup † at 256", "everything"}
+    assert picture.note == "† did not take: share of the facts in the trained words below 0.9: lookup at 256 facts 0.50."
+    picture, = figures.pictures(kind, small, {})
+    assert set(picture.table["mask"]) == {"lookup", "everything †"} and picture.note.count("everything at ") == 3
+
+
 def test_unlearning_takes_where_the_true_answer_is_gone(rows):
     gone = rows.assign(method=rows["method"].replace("finetune", "npo"), value=rows["value"].mask(rows["measure"] == "forget top1", 0.0))
     made = edits.made(gone).xs("npo", level="method")
