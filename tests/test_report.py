@@ -55,7 +55,7 @@ def test_the_verdicts_on_the_page_are_those_of_claims(tree, rows, declared):
         assert row["reason"] in cell
         if row["n_facts"]:
             assert f"{row['value']:+.2f} [{row['low']:+.2f}, {row['high']:+.2f}]" in cell
-            assert f"{row['n_facts']} facts, {row['n_seeds']} seeds" in cell
+            assert (f"{row['n_facts']} facts × 3 seeds" if row["n_facts"] > 1 else "3 seeds") in cell
     assert cells(tree, "dissociation-mcq")["tiny-llama3"] == "not asked"
 
 
@@ -152,6 +152,8 @@ def test_chance_is_the_commonest_answer_of_the_file(rows):
     asked = [fact for fact in facts.load("athletes") if f"{fact.subject} | sport" in cases.NAMES]
     assert figures.floors(rows) == {cases.FACTS: pytest.approx(sum(fact.answer == common for fact in asked) / len(asked))}
     assert figures.floors(rows.assign(facts="mine first-4")) == {}
+    one = [f"{fact.subject} | sport" for fact in facts.load("athletes") if fact.answer == common][:4]  # a whole sport has no floor
+    assert figures.floors(pd.DataFrame({"facts": f"athletes answer-{common}", "measure": "forget top1", "fact": one})) == {}
 
 
 def test_the_leaderboard_ranks_by_the_worst_case_and_puts_wrecked_models_last(rows):
@@ -168,6 +170,21 @@ def test_the_leaderboard_ranks_by_the_worst_case_and_puts_wrecked_models_last(ro
     shown = before.loc["everything", ["worst", "worst_low", "worst_high", "worst_n_facts"]]
     assert list(shown) == pytest.approx(list(expected[["value", "low", "high", "n_facts"]]))
     assert before.loc["everything", "attack"] == "relearn lora"
+
+
+def test_every_estimate_of_the_leaderboard_says_how_many_facts_and_seeds_it_has(rows, declared, tmp_path):
+    board = tables.board_in_words(tables.leaderboard(rows)).set_index("mask").loc["lookup"]
+    assert board["worst case"].endswith("] (6 facts × 3 seeds)") and board["retained"].endswith("] (12 facts × 3 seeds)")
+    assert board["text loss"].endswith("] (3 seeds)")
+    single = rows[rows["seed"] == 0]
+    board = tables.board_in_words(tables.leaderboard(single)).set_index("mask").loc["lookup"]
+    assert board["retained"].endswith("] (12 facts × one seed)") and board["text loss"].endswith(" (one seed)") and "[" not in board["text loss"]
+    assert tables.counted({"value_n_facts": float("nan"), "value_n_seeds": float("nan")}, "value") == ""
+    collected = material.collect([cases.pack(single, tmp_path / "rows.parquet")])
+    tree = ElementTree.fromstring(page.render(collected, declared, "a day", "a command").removeprefix("<!DOCTYPE html>"))
+    row = next(row for row in tree.find(".//table[@id='leaderboard']").iter("tr") if said(row.find("td[4]") if row.find("td") is not None else row) == "lookup")
+    shown = [said(cell) for cell in row.iter("td")]
+    assert len(shown) == 14 and shown[4].endswith("6 facts × one seed") and shown[11].endswith("one seed") and "[" not in shown[11]
 
 
 def test_where_localizations_look_is_a_mean_over_seeds_and_says_which_chose_the_same(rows, declared, tmp_path):

@@ -18,7 +18,7 @@ from helpers.report import commands, edits, figures, selections, tables
 from helpers.report.commands import Made
 from helpers.report.figures import READINGS, Kind, Picture
 from helpers.report.rows import Material
-from helpers.report.tables import estimate, number
+from helpers.report.tables import counted, estimate, number
 from helpers.report.template import PAGE
 
 MARKS = {"holds": "✓", "fails": "✗", "undecided": "?"}
@@ -40,7 +40,7 @@ def render(material: Material, declared: Claims, date: str, command: str, figure
     sections = [_section(kind, drawn, chance, made, behind, figure_folder) for kind in figures.KINDS]
     ours, theirs = tables.columns(rows)
     environment = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True)
-    environment.filters |= {"estimate": estimate, "number": number, "asked": tables.asked}
+    environment.filters |= {"estimate": estimate, "counted": counted, "number": number, "asked": tables.asked}
     return environment.from_string(PAGE).render(
         date=date, command=command, material=material, count=_counts(runs), marks=MARKS, readings=READINGS,
         models=[*ours, *(theirs or ["the paper's models"])], theirs=tables.published_models(), tally=_tally(found), rule=declared.rule,

@@ -36,6 +36,15 @@ def estimate(row: Mapping[str, Any], name: str = "", signed: bool = False) -> st
     return number(value, signed) if pd.isna(value) or pd.isna(low) else f"{number(value, signed)} [{number(low, signed)}, {number(high, signed)}]"
 
 
+def counted(row: Mapping[str, Any], name: str = "") -> str:
+    """How many facts and seeds are behind an estimate, "64 facts × 3 seeds"; a measure of the whole set has no facts. "one seed": its interval,
+    if it has one, says nothing of other seeds. Empty where there is no estimate."""
+    facts, seeds = (row.get(f"{name}_{key}" if name else key) for key in ("n_facts", "n_seeds"))
+    if pd.isna(seeds) or not seeds:
+        return ""
+    return f"{facts:.0f} facts × " * (facts > 1) + ("one seed" if seeds == 1 else f"{seeds:.0f} seeds")
+
+
 def bundled() -> list[str]:
     """Names of the tiny models that come with the project."""
     return sorted(path.parent.name for path in BUNDLED.glob("*/config.json"))
@@ -175,8 +184,8 @@ def board_in_words(board: pd.DataFrame) -> pd.DataFrame:
     columns = {"worst": "worst case", "untouched": "left alone", "inside": "probes too", "edit": "edit, trained words", "retain": "retained",
                "mcq_retain": "retained, MCQ", "text_loss": "text loss"}
     said = [{**{name: row[name] for name in ("model", "facts", "method")}, "mask": row["name"],
-             **{label: estimate(row, name) for name, label in columns.items()}, "by": row["attack"],
-             "facts, seeds": f"{row['worst_n_facts']:.0f}, {row['worst_n_seeds']:.0f}", "collapsed": row["collapsed"], "broken": row["broken"]}
+             **{label: f"{estimate(row, name)} ({counted(row, name) or 'not read'})" for name, label in columns.items()}, "by": row["attack"],
+             "collapsed": row["collapsed"], "broken": row["broken"]}
             for _, row in board.iterrows()]
     return pd.DataFrame(said)
 

@@ -107,7 +107,7 @@ probabilities.</p>
 {% if cell.warning %}
 <br /><span class="small"><strong>{{ cell.warning }}</strong></span>
 {% endif %}
-<br /><span class="small">{% if cell.against %}{{ cell.mean_a|number }} vs {{ cell.mean_b|number }}; {% endif %}{{ cell.n_facts }} facts, {{ cell.n_seeds }} seeds
+<br /><span class="small">{% if cell.against %}{{ cell.mean_a|number }} vs {{ cell.mean_b|number }}; {% endif %}{{ cell|counted }}
 {% if claim.reading %}<br />{{ readings['top1' if claim.reading == 'probability' else 'probability'] }}: {{ cell|estimate("other_value", cell.against != "") }}{% endif %}</span>
 {% endif %}
 {% if cell.reason %}
@@ -129,18 +129,18 @@ easily reach the ceiling of 1. {% for facts, level in chance.items() %}Guessing 
 {% if board|length %}
 <div class="scroll"><table id="leaderboard">
 <thead><tr><th>Model</th><th>Facts</th><th>Method</th><th>Mask</th><th>Worst case</th><th>by</th><th>Left alone</th><th>Probes too</th><th>New answer</th><th>Retained</th>
-<th>Retained, MCQ</th><th>Text loss</th><th>Facts, seeds</th><th>Collapsed</th><th>Broken formats</th></tr></thead>
+<th>Retained, MCQ</th><th>Text loss</th><th>Collapsed</th><th>Broken formats</th></tr></thead>
 <tbody>
 {% for _, row in board.iterrows() %}
 <tr><td>{{ row.model }}</td><td>{{ row.facts }}</td><td>{{ row.method }}</td><td>{{ row['name'] }}</td>
-<td class="number">{{ row|estimate('worst') }}</td><td>{{ row.attack }}</td>
+<td class="number">{{ row|estimate('worst') }}<br /><span class="small">{{ row|counted('worst') }}</span></td><td>{{ row.attack }}</td>
 {% for name in ('untouched', 'inside', 'edit', 'retain', 'mcq_retain', 'text_loss') %}
-<td class="number">{{ row|estimate(name) }}</td>
+<td class="number">{{ row|estimate(name) }}<br /><span class="small">{{ row|counted(name) }}</span></td>
 {% endfor %}
-<td>{{ row.worst_n_facts }}, {{ row.worst_n_seeds }}</td><td class="fails">{{ row.collapsed }}</td><td class="small">{{ row.broken }}</td></tr>
+<td class="fails">{{ row.collapsed }}</td><td class="small">{{ row.broken }}</td></tr>
 {% endfor %}
 </tbody></table></div>
-<p class="small">Facts and seeds are those of the worst case; costs are read on all facts that the evaluation asks. Rows: {{ rows_of(board_made) }}</p>
+<p class="small">Costs are read on all facts that the evaluation asks, text loss once a seed. Of one seed there is no interval over seeds. Rows: {{ rows_of(board_made) }}</p>
 {% else %}
 <p class="none">No rows of attacks yet: <code>{{ sections[1].command }}</code></p>
 {% endif %}
