@@ -33,7 +33,8 @@ def render(material: Material, declared: Claims, date: str, command: str, figure
     """
     rows = material.rows
     made, chance = edits.made(rows), figures.floors(rows)
-    found = tables.verdicts(declared, rows, made)
+    compared = claims.comparisons(declared, rows)
+    found = tables.verdicts(declared, rows, made, compared)
     drawn = selections.named(rows)
     makers, runs = commands.load(), material.runs
     behind = lambda names: makers.behind(runs[runs["run"].isin(names)])
@@ -45,7 +46,7 @@ def render(material: Material, declared: Claims, date: str, command: str, figure
         date=date, command=command, material=material, count=_counts(runs), marks=MARKS, readings=READINGS,
         models=[*ours, *(theirs or ["the paper's models"])], theirs=tables.published_models(), tally=_tally(found), rule=declared.rule,
         families=_families(declared, found, rows), board=tables.leaderboard(rows, made=made), places=tables.localizations(rows),
-        decided=tables.in_words(declared, tables.decided(declared, rows, made)), sections=sections, packs=material.packs,
+        decided=tables.in_words(declared, tables.decided(declared, rows, made, compared)), sections=sections, packs=material.packs,
         origin=tables.provenance(runs), chance=chance, taken=edits.TAKEN, everything=behind(rows["run"].unique()),
         board_made=behind(tables.attacked_runs(rows)), places_made=behind(rows.loc[rows["method"] == results.LOCALIZE, "run"].unique()))
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import glob
 from collections.abc import Iterator, Mapping
 from fnmatch import fnmatchcase
 from pathlib import Path
@@ -62,26 +63,26 @@ def columns(rows: pd.DataFrame) -> tuple[list[str], list[str]]:
     return list(dict.fromkeys([*bundled(), *(name for name in ran if name not in theirs)])), [name for name in theirs if name in ran]
 
 
-def verdicts(declared: Claims, rows: pd.DataFrame, made: pd.DataFrame | None = None) -> pd.DataFrame:
+def verdicts(declared: Claims, rows: pd.DataFrame, made: pd.DataFrame | None = None, compared: pd.DataFrame | None = None) -> pd.DataFrame:
     """`claims.verdict`, and beside it the same comparison in the other reading: `other_value`, `other_low`, `other_high`.
 
     One row a claim and model. `state`: the verdict, or "not run" where no row speaks of the claim; `warning`: what must be known of the edits
-    that are compared, from `edits.made`. Raises `claims.ClaimsError`.
+    that are compared, from `edits.made`. `compared`: `claims.comparisons` of the same, where it is there already. Raises `claims.ClaimsError`.
     """
-    found = claims.verdict(declared, rows)
+    found = claims.concluded(claims.comparisons(declared, rows) if compared is None else compared)
     if found.empty:
         return found
-    turned = [claim.model_copy(update={"reading": OTHER[claim.reading]}) for claim in declared.claims if claim.reading]
-    other = claims.comparisons(declared.model_copy(update={"claims": turned}), rows)
-    same, figures = ["claim", "model", "mask", "against"], ["value", "low", "high"]
-    found = found.merge(other[[*same, *figures]].rename(columns={name: f"other_{name}" for name in figures}), on=same, how="left")
+    found = found.merge(_other_reading(declared, found, rows), on=["claim", "model", "mask", "against"], how="left")
     found["state"] = found["verdict"].where((found["n_facts"] > 0) | (found["missing"] > 0), NOT_RUN)
     return found.assign(warning=_warnings(declared, found, rows, made))
 
 
-def decided(declared: Claims, rows: pd.DataFrame, made: pd.DataFrame | None = None) -> pd.DataFrame:
-    """The comparisons that decide: all of a claim that holds, and those short of the margin of one that fails, with `warning`."""
-    table = claims.comparisons(declared, rows)
+def decided(declared: Claims, rows: pd.DataFrame, made: pd.DataFrame | None = None, compared: pd.DataFrame | None = None) -> pd.DataFrame:
+    """The comparisons that decide: all of a claim that holds, and those short of the margin of one that fails, with `warning`.
+
+    `compared`: as in `verdicts`.
+    """
+    table = claims.comparisons(declared, rows) if compared is None else compared
     if table.empty:
         return table
     whole = lambda kinds: "fails" if "fails" in set(kinds) else "holds" if set(kinds) == {"holds"} else "undecided"
@@ -218,6 +219,17 @@ def provenance(runs: pd.DataFrame) -> pd.DataFrame:
     table = runs.groupby(by, dropna=False).agg(runs=("run", "nunique"), stale=("stale", "sum"), rows=("rows", "sum"), used=("used", "sum"),
                                                first=("started", "min"), last=("started", "max"))
     return table.reset_index().assign(commit=lambda t: t["commit"].map(short), code=lambda t: t["code"].map(short))
+
+
+def _other_reading(declared: Claims, found: pd.DataFrame, rows: pd.DataFrame) -> pd.DataFrame:
+    """The comparisons of `found` in the other reading, and no others: `other_value`, `other_low`, `other_high`."""
+    asked_of = {claim.id: claim for claim in declared.claims if claim.reading}
+    same, figures = ["claim", "model", "mask", "against"], ["value", "low", "high"]
+    turned = [claim.model_copy(update={"reading": OTHER[claim.reading], "models": [glob.escape(model)], "masks": [mask], "guards": [],
+                                       "against": [against] if against else []})
+              for name, model, mask, against in found[same].itertuples(index=False, name=None) if (claim := asked_of.get(name))]
+    other = claims.comparisons(declared.model_copy(update={"claims": turned}), rows)
+    return other.reindex(columns=[*same, *figures]).rename(columns={name: f"other_{name}" for name in figures})
 
 
 def _warnings(declared: Claims, table: pd.DataFrame, rows: pd.DataFrame, made: pd.DataFrame | None) -> list[str]:
