@@ -44,7 +44,7 @@ def summary(rows: pd.DataFrame, by: Sequence[str] = (), null: float | None = Non
     found = []
     for key, part in _groups(rows, by):
         table = matrix(part, value, fact, seed_column)
-        row = _describe(table, null or 0.0, (0.0, 1.0) if _shares(part, bounded, table) else None, level, resamples, seed)
+        row = _describe(table, null, (0.0, 1.0) if _shares(part, bounded, table) else None, level, resamples, seed)
         found.append(dict(zip(by, key)) | {name: row[name] for name in row if null is not None or name not in ("p", "test")})
     return pd.DataFrame(found)
 
@@ -93,7 +93,7 @@ def matrix(rows: pd.DataFrame, value: str = "value", fact: str | Sequence[str] =
         differ = [name for name in rows if name != value and same[name].nunique(dropna=False) > 1]
         raise ValueError(f"{double.sum()} rows give several values to a fact and seed, e.g. {dict(first[[*unit, seed]])}; "
                          f"they differ in {_listed(differ) or 'the value only'}: choose one, or group by it")
-    return rows.set_index([*unit, seed])[value].astype(float).unstack(seed).sort_index()
+    return rows[[*unit, seed, value]].set_index([*unit, seed])[value].astype(float).unstack(seed).sort_index()
 
 
 def holm(table: pd.DataFrame, family: Sequence[str] = (), p: str = "p") -> pd.DataFrame:
@@ -265,8 +265,8 @@ def majority(answers: Sequence[Hashable], read_on: Sequence[Hashable] | None = N
     return {"answer": best, "share": asked.count(best) / len(asked), "n": len(asked)}
 
 
-def _describe(table: pd.DataFrame, null: float, bounds: tuple[float, float] | None, level: float, resamples: int, seed: int) -> dict:
-    """Value, intervals and test of a facts × seeds table; facts with a gap are left out."""
+def _describe(table: pd.DataFrame, null: float | None, bounds: tuple[float, float] | None, level: float, resamples: int, seed: int) -> dict:
+    """Value, intervals and (unless `null` is None) test of a facts × seeds table; facts with a gap are left out."""
     kept = table.dropna() if table.shape[1] else table.iloc[:0]
     values, missing = kept.to_numpy(), len(table) - len(kept)
     n_facts, n_seeds = values.shape if kept.size else (0, 0)
@@ -275,7 +275,9 @@ def _describe(table: pd.DataFrame, null: float, bounds: tuple[float, float] | No
     low, high = crossed(values, level) if n_facts else (NAN, NAN)
     if np.isnan(low) and n_facts > 1:
         low, high = facts["low"], facts["high"]
-    if n_facts == 1 and n_seeds > 1 and np.ptp(per_seed) > 0:
+    if null is None:
+        p, test = NAN, "no test"
+    elif n_facts == 1 and n_seeds > 1 and np.ptp(per_seed) > 0:
         p, test = float(ttest_1samp(per_seed, null).pvalue), "t over seeds"
     else:
         p, test = sign_flips(per_fact - null, seed=seed) if n_facts > 1 else (NAN, "no test")

@@ -24,6 +24,7 @@ from helpers.report.selections import UNEDITED
 
 READINGS = {"probability": "mean probability", "top1": "top-1 accuracy"}
 STEPS, PROBABLE = "training steps of the attack", "probability of\nthe true answer"
+ESTIMATED = ["fact", "seed", "value", "attack", "run"]
 LAYER = "layer (0 = embeddings, l + 1 = after block l)"
 
 
@@ -68,7 +69,9 @@ def pictures(kind: Kind, rows: pd.DataFrame, chance: Mapping[str, float], made: 
             continue
         behind = part["run"].dropna().unique()
         part = _renamed(part)
-        table = stats.summary(part, [*kind.by, "reading"])
+        by = [*kind.by, "reading"]
+        # dozens of columns of texts take longer to copy, estimate by estimate, than the intervals to compute
+        table = stats.summary(part[list(dict.fromkeys([*by, *ESTIMATED]))], by)
         level = uniform(facts, part) if kind.uniform else chance.get(facts)
         table = table.assign(chance=[0.25 if is_mcq else level for is_mcq in _by_estimate(part["name"].str.startswith("mcq"), part, table, kind.by)],
                              collapsed=_by_estimate(part["collapsed"], part, table, kind.by))

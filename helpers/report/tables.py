@@ -249,7 +249,7 @@ def _warnings(declared: Claims, table: pd.DataFrame, rows: pd.DataFrame, made: p
 def _summary(part: pd.DataFrame, name: str) -> pd.DataFrame:
     if part.empty:
         return pd.DataFrame(columns=[*BY, name])
-    found = stats.summary(part, BY)[[*BY, "value", "low", "high", "n_facts", "n_seeds"]]
+    found = stats.summary(part[[*BY, "measure", "fact", "seed", "value", "run"]], BY)[[*BY, "value", "low", "high", "n_facts", "n_seeds"]]
     return found.rename(columns={"value": name, **{end: f"{name}_{end}" for end in ("low", "high", "n_facts", "n_seeds")}})
 
 
