@@ -13,7 +13,8 @@ comparisons do and fails if one does.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections import defaultdict
+from collections.abc import Iterator, Mapping, Sequence
 from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Literal
@@ -114,9 +115,14 @@ def load(path: Path | str = DATA / "claims.yaml", published: Path | str = DATA /
 
 
 def verdict(claims: Claims, rows: pd.DataFrame, ids: Sequence[str] | None = None) -> pd.DataFrame:
+    """`concluded` of `comparisons`."""
+    return concluded(comparisons(claims, rows, ids))
+
+
+def concluded(table: pd.DataFrame) -> pd.DataFrame:
     """One row a claim and model: `verdict`, `held` of `of` comparisons, `reason`, and the figures of the one farthest from holding."""
     found = []
-    for (claim, model), part in comparisons(claims, rows, ids).groupby(["claim", "model"], sort=False):
+    for (claim, model), part in table.groupby(["claim", "model"], sort=False):
         kinds = set(part["verdict"])
         result = "holds" if kinds == {"holds"} else "fails" if "fails" in kinds else "undecided"
         excess = (part["value"] - part["margin"]) * part["direction"].map({"higher": 1, "lower": -1})
@@ -136,7 +142,8 @@ def comparisons(claims: Claims, rows: pd.DataFrame, ids: Sequence[str] | None = 
         raise ClaimsError(f"rows lack the columns {', '.join(missing)}")
     if unknown := sorted(set(ids or ()) - {claim.id for claim in claims.claims}):
         raise ClaimsError(f"no claim is called {', '.join(unknown)}; there are {', '.join(claim.id for claim in claims.claims)}")
-    parts = [part for claim in claims.claims for part in _compared(claims, claim, rows)]
+    models, by_measure = rows["model"].unique(), _by_measure(claims, rows)
+    parts = [part for claim in claims.claims for part in _compared(claims, claim, by_measure, models)]
     if not parts:
         return pd.DataFrame(columns=["claim", "family", "model", "verdict", "reason"])
     table = stats.holm(pd.concat(parts, ignore_index=True), ["family", "model"])
@@ -150,13 +157,22 @@ def comparisons(claims: Claims, rows: pd.DataFrame, ids: Sequence[str] | None = 
     return table if ids is None else table[table["claim"].isin(ids)]
 
 
-def _compared(claims: Claims, claim: Claim, rows: pd.DataFrame) -> Iterator[pd.DataFrame]:
+def _by_measure(claims: Claims, rows: pd.DataFrame) -> Mapping[str, pd.DataFrame]:
+    """Rows of the methods and attacks that any claim asks for, or of the unedited model: a small part of a store, which every claim filters anew."""
+    methods, attacks = ({getattr(claim, name) for claim in claims.claims} for name in ("method", "attack"))
+    edited = rows["method"].isin(methods) & rows["attack"].isin(attacks)
+    asked = rows[edited | ((rows["localization"] == "none") & (rows["attack"] == "none"))]
+    return defaultdict(lambda: asked.iloc[:0], iter(asked.groupby("measure", sort=False)))
+
+
+def _compared(claims: Claims, claim: Claim, by_measure: Mapping[str, pd.DataFrame], models: Sequence[str]) -> Iterator[pd.DataFrame]:
     null = claim.margin if claim.direction == "higher" else -claim.margin
     options = {"null": null, "fact": ["facts", "fact"], "level": claims.rule.level}
     source = next(((table, measures[0]) for table, measures in claim.published.items()), None)
     asked = [claim.named(measure) for measure in (claim.measure, *(guard.measure for guard in claim.guards))]
-    mine = rows[rows["measure"].isin(asked) & _like(rows["facts"], [claim.facts])]
-    for model in rows["model"][_like(rows["model"], claim.models)].unique():
+    mine = pd.concat([by_measure[measure] for measure in dict.fromkeys(asked)])
+    mine = mine[_like(mine["facts"], [claim.facts])]
+    for model in filter(lambda name: any(fnmatchcase(name, pattern) for pattern in claim.models), models):
         here = mine[mine["model"] == model]
         part = here[(here["method"] == claim.method) & (here["attack"] == claim.attack)]
         base = here[(here["localization"] == "none") & (here["attack"] == "none")]

@@ -193,7 +193,7 @@ def explain(rows: pd.DataFrame, scores: pd.DataFrame, better: str = "higher", le
         contrast = np.pad(contrast, (0, predictors.shape[1] - len(contrast)))
         weights, inflation = _weights(predictors, contrast)
         slopes = pd.Series(values.to_numpy() @ weights, values.index, name="value").reset_index()
-        row = stats.summary(slopes, level=level, resamples=resamples, seed=seed).iloc[0].to_dict()
+        row = stats.summary(slopes, level=level, resamples=resamples, seed=seed, bounded=False).iloc[0].to_dict()
         low, high = _over_windows(values, windows, predictors, contrast, level) if np.isfinite(inflation) else (np.nan, np.nan)
         found.append({"explanation": name, "rival": rival} | row | {
             "windows_low": low, "windows_high": high, "vif": inflation, "n_windows": len(windows), "n_models": windows["model"].nunique()})

@@ -12,6 +12,9 @@ Two kinds of chance are kept apart, because they answer different questions:
   their range. Three seeds say little: the interval is wide, and is meant to be.
 - `low` … `high` is for both at once, facts and seeds drawn anew: the one to decide by (`crossed`).
 
+Intervals of shares and probabilities stop at 0 and 1, those of their differences at −1 and 1: a t interval of few seeds knows no bounds.
+Losses, norms and times have none (UNBOUNDED, by the column `measure`), nor has anything with a value outside 0 to 1; `bounded` overrides this.
+
 Degenerate input gives NaN or an exact bound and says so in the column `note`; rows that contradict each other raise
 `ValueError`. Nothing here is random beyond the integer `seed` that is passed.
 """
@@ -29,10 +32,11 @@ LEVEL, RESAMPLES = 0.95, 4000
 FLIPS, EXACT_UP_TO = 20_000, 16
 FEW_FACTS, MOST_FACTS = 20, 1_000_000
 NAN = float("nan")
+UNBOUNDED = {"text_loss", "norm", "seconds", "steps", "passes"}
 
 
 def summary(rows: pd.DataFrame, by: Sequence[str] = (), null: float | None = None, value: str = "value", fact: str | Sequence[str] = "fact",
-            seed_column: str = "seed", level: float = LEVEL, resamples: int = RESAMPLES, seed: int = 0) -> pd.DataFrame:
+            seed_column: str = "seed", level: float = LEVEL, resamples: int = RESAMPLES, seed: int = 0, bounded: bool | None = None) -> pd.DataFrame:
     """One row a group of `by`: `value` (mean), intervals, `n_facts`, `n_seeds`, `missing` facts, `note`; with `null`, `p` and `test`.
 
     A fact without a value in some seed is left out, and counted in `missing`. Two values of a fact and seed: `ValueError`.
@@ -40,14 +44,14 @@ def summary(rows: pd.DataFrame, by: Sequence[str] = (), null: float | None = Non
     found = []
     for key, part in _groups(rows, by):
         table = matrix(part, value, fact, seed_column)
-        row = _describe(table, null or 0.0, _bounds(table), level, resamples, seed)
+        row = _describe(table, null, (0.0, 1.0) if _shares(part, bounded, table) else None, level, resamples, seed)
         found.append(dict(zip(by, key)) | {name: row[name] for name in row if null is not None or name not in ("p", "test")})
     return pd.DataFrame(found)
 
 
 def compare(rows: pd.DataFrame, a: str, against: Sequence[str], group: str = "localization", by: Sequence[str] = (), null: float = 0.0,
             value: str = "value", fact: str | Sequence[str] = "fact", seed_column: str = "seed", level: float = LEVEL,
-            resamples: int = RESAMPLES, seed: int = 0) -> pd.DataFrame:
+            resamples: int = RESAMPLES, seed: int = 0, bounded: bool | None = None) -> pd.DataFrame:
     """Paired differences a − b, on the facts and seeds that both have: one row a group of `by` and b of `against`.
 
     Columns as in `summary`, `value` being the difference, and `mean_a`, `mean_b`; `p`, of the two-sided sign-flip test
@@ -63,7 +67,7 @@ def compare(rows: pd.DataFrame, a: str, against: Sequence[str], group: str = "lo
             facts = one.index[:0] if absent else one.index.union(two.index)
             one, two = (table.reindex(index=facts, columns=seeds) for table in (one, two))
             difference = one - two
-            bounds = (-1.0, 1.0) if _bounds(one) and _bounds(two) else None
+            bounds = (-1.0, 1.0) if _shares(part, bounded, one, two) else None
             row = _describe(difference, null, bounds, level, resamples, seed)
             kept = difference.dropna().index if len(seeds) else []
             means = {name: table.loc[kept].to_numpy().mean() if row["n_facts"] else NAN for name, table in (("mean_a", one), ("mean_b", two))}
@@ -89,7 +93,7 @@ def matrix(rows: pd.DataFrame, value: str = "value", fact: str | Sequence[str] =
         differ = [name for name in rows if name != value and same[name].nunique(dropna=False) > 1]
         raise ValueError(f"{double.sum()} rows give several values to a fact and seed, e.g. {dict(first[[*unit, seed]])}; "
                          f"they differ in {_listed(differ) or 'the value only'}: choose one, or group by it")
-    return rows.set_index([*unit, seed])[value].astype(float).unstack(seed).sort_index()
+    return rows[[*unit, seed, value]].set_index([*unit, seed])[value].astype(float).unstack(seed).sort_index()
 
 
 def holm(table: pd.DataFrame, family: Sequence[str] = (), p: str = "p") -> pd.DataFrame:
@@ -261,8 +265,8 @@ def majority(answers: Sequence[Hashable], read_on: Sequence[Hashable] | None = N
     return {"answer": best, "share": asked.count(best) / len(asked), "n": len(asked)}
 
 
-def _describe(table: pd.DataFrame, null: float, bounds: tuple[float, float] | None, level: float, resamples: int, seed: int) -> dict:
-    """Value, intervals and test of a facts × seeds table; facts with a gap are left out."""
+def _describe(table: pd.DataFrame, null: float | None, bounds: tuple[float, float] | None, level: float, resamples: int, seed: int) -> dict:
+    """Value, intervals and (unless `null` is None) test of a facts × seeds table; facts with a gap are left out."""
     kept = table.dropna() if table.shape[1] else table.iloc[:0]
     values, missing = kept.to_numpy(), len(table) - len(kept)
     n_facts, n_seeds = values.shape if kept.size else (0, 0)
@@ -271,24 +275,31 @@ def _describe(table: pd.DataFrame, null: float, bounds: tuple[float, float] | No
     low, high = crossed(values, level) if n_facts else (NAN, NAN)
     if np.isnan(low) and n_facts > 1:
         low, high = facts["low"], facts["high"]
-    if n_facts == 1 and n_seeds > 1 and np.ptp(per_seed) > 0:
+    if null is None:
+        p, test = NAN, "no test"
+    elif n_facts == 1 and n_seeds > 1 and np.ptp(per_seed) > 0:
         p, test = float(ttest_1samp(per_seed, null).pvalue), "t over seeds"
     else:
         p, test = sign_flips(per_fact - null, seed=seed) if n_facts > 1 else (NAN, "no test")
     note = _join(facts["note"], f"{missing} facts without a value" if missing else "", "one seed" if n_seeds == 1 else "")
-    return {"value": values.mean() if n_facts else NAN, "low": low, "high": high, "facts_low": facts["low"], "facts_high": facts["high"],
-            **{f"seeds_{end}": seeds[end] for end in ("low", "high", "min", "max")}, "n_facts": n_facts, "n_seeds": n_seeds,
-            "missing": missing, "p": p, "test": test, "note": note}
+    ends = {"low": low, "high": high, "facts_low": facts["low"], "facts_high": facts["high"],
+            **{f"seeds_{end}": seeds[end] for end in ("low", "high", "min", "max")}}
+    ends = {name: float(np.clip(end, *bounds)) for name, end in ends.items()} if bounds else ends
+    return {"value": values.mean() if n_facts else NAN, **ends, "n_facts": n_facts, "n_seeds": n_seeds, "missing": missing, "p": p, "test": test, "note": note}
 
 
 def _groups(rows: pd.DataFrame, by: Sequence[str]):
     return rows.groupby(list(by), sort=False, dropna=False) if len(by) else [((), rows)]
 
 
-def _bounds(table: pd.DataFrame) -> tuple[float, float] | None:
-    """(0, 1) if all values are probabilities or shares."""
-    values = table.to_numpy(dtype=float).ravel()
-    return (0.0, 1.0) if np.isfinite(values).any() and np.nanmin(values) >= -1e-6 and np.nanmax(values) <= 1 + 1e-6 else None
+def _shares(rows: pd.DataFrame, bounded: bool | None, *tables: pd.DataFrame) -> bool:
+    """Whether the values are probabilities or shares: as `bounded` says or, if it is None, by the measure and the values of each table."""
+    if bounded is not None:
+        return bounded
+    if "measure" in rows and rows["measure"].isin(UNBOUNDED).any():
+        return False
+    found = [table.to_numpy(dtype=float).ravel() for table in tables]
+    return all(np.isfinite(values).any() and np.nanmin(values) >= -1e-6 and np.nanmax(values) <= 1 + 1e-6 for values in found)
 
 
 def _join(*notes: str) -> str:

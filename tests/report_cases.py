@@ -38,10 +38,11 @@ def values(rng: np.random.Generator, mean: float, reading: str, count: int) -> n
 
 
 def edit(mask: str, *, model: str = "tiny-llama3", method: str = "finetune", facts: str = FACTS, n: int = 64, seeds: int = 3, shift: float = 0.0,
-         layers: str = "", attacked: bool = True) -> pd.DataFrame:
+         layers: str = "", attacked: bool = True, profile: str = "standard") -> pd.DataFrame:
     """Rows of one edit, or with the mask "none" of the unedited model, for every seed: the better a mask, the larger `shift`."""
     rng, found = np.random.default_rng(len(mask) + 100 * len(method)), []
-    own = {"model": model, "facts": facts, "n": n, "localization": mask, "method": "base" if mask == "none" else method, "layers": layers}
+    own = {"model": model, "facts": facts, "n": n, "localization": mask, "method": "base" if mask == "none" else method, "layers": layers,
+           "profile": profile}
 
     def add(attack: str, setting: str, measure: str, mean: float, seed: int, readings=("probability", "top1"), names=NAMES) -> None:
         for reading in readings:

@@ -55,7 +55,7 @@ def test_the_verdicts_on_the_page_are_those_of_claims(tree, rows, declared):
         assert row["reason"] in cell
         if row["n_facts"]:
             assert f"{row['value']:+.2f} [{row['low']:+.2f}, {row['high']:+.2f}]" in cell
-            assert f"{row['n_facts']} facts, {row['n_seeds']} seeds" in cell
+            assert (f"{row['n_facts']} facts × 3 seeds" if row["n_facts"] > 1 else "3 seeds") in cell
     assert cells(tree, "dissociation-mcq")["tiny-llama3"] == "not asked"
 
 
@@ -121,9 +121,6 @@ def test_a_figure_without_rows_says_what_brings_them(tree, tmp_path):
     assert asked == [f"python -m helpers.sweep sweeps/{name}.yaml" for name in ("ablations", "attacks", "editing", "reference", "unlearning")]
     (tmp_path / "mine.yaml").write_text("- notebook: 07_weight_masks\n")
     assert page.command_of(kinds["mask-ladder"], tmp_path) == "python -m helpers.sweep sweeps/mine.yaml"
-    packs = pd.DataFrame({"source": ["data/results/editing.parquet"], "notebook": ["04_localized_editing"]})
-    assert page.command_of(kinds["spider"], packs=packs) == "python -m helpers.sweep sweeps/editing.yaml"
-    assert page.command_of(kinds["spider"], packs=packs.assign(source="n.parquet")) == "python -m helpers.notebooks run 04 05 06 08 --profile standard"
     assert page.command_of(kinds["scaling"], tmp_path) == "python -m helpers.notebooks run 11 --profile standard"
     assert f"No rows for this figure yet. They come from {page.command_of(kinds['mask-ladder'])}" in said(tree)
 
@@ -155,6 +152,8 @@ def test_chance_is_the_commonest_answer_of_the_file(rows):
     asked = [fact for fact in facts.load("athletes") if f"{fact.subject} | sport" in cases.NAMES]
     assert figures.floors(rows) == {cases.FACTS: pytest.approx(sum(fact.answer == common for fact in asked) / len(asked))}
     assert figures.floors(rows.assign(facts="mine first-4")) == {}
+    one = [f"{fact.subject} | sport" for fact in facts.load("athletes") if fact.answer == common][:4]  # a whole sport has no floor
+    assert figures.floors(pd.DataFrame({"facts": f"athletes answer-{common}", "measure": "forget top1", "fact": one})) == {}
 
 
 def test_the_leaderboard_ranks_by_the_worst_case_and_puts_wrecked_models_last(rows):
@@ -171,6 +170,21 @@ def test_the_leaderboard_ranks_by_the_worst_case_and_puts_wrecked_models_last(ro
     shown = before.loc["everything", ["worst", "worst_low", "worst_high", "worst_n_facts"]]
     assert list(shown) == pytest.approx(list(expected[["value", "low", "high", "n_facts"]]))
     assert before.loc["everything", "attack"] == "relearn lora"
+
+
+def test_every_estimate_of_the_leaderboard_says_how_many_facts_and_seeds_it_has(rows, declared, tmp_path):
+    board = tables.board_in_words(tables.leaderboard(rows)).set_index("mask").loc["lookup"]
+    assert board["worst case"].endswith("] (6 facts × 3 seeds)") and board["retained"].endswith("] (12 facts × 3 seeds)")
+    assert board["text loss"].endswith("] (3 seeds)")
+    single = rows[rows["seed"] == 0]
+    board = tables.board_in_words(tables.leaderboard(single)).set_index("mask").loc["lookup"]
+    assert board["retained"].endswith("] (12 facts × one seed)") and board["text loss"].endswith(" (one seed)") and "[" not in board["text loss"]
+    assert tables.counted({"value_n_facts": float("nan"), "value_n_seeds": float("nan")}, "value") == ""
+    collected = material.collect([cases.pack(single, tmp_path / "rows.parquet")])
+    tree = ElementTree.fromstring(page.render(collected, declared, "a day", "a command").removeprefix("<!DOCTYPE html>"))
+    row = next(row for row in tree.find(".//table[@id='leaderboard']").iter("tr") if said(row.find("td[4]") if row.find("td") is not None else row) == "lookup")
+    shown = [said(cell) for cell in row.iter("td")]
+    assert len(shown) == 14 and shown[4].endswith("6 facts × one seed") and shown[11].endswith("one seed") and "[" not in shown[11]
 
 
 def test_where_localizations_look_is_a_mean_over_seeds_and_says_which_chose_the_same(rows, declared, tmp_path):
@@ -211,14 +225,40 @@ def test_of_two_runs_of_an_edit_the_one_that_measured_more_counts(rows):
     pd.testing.assert_frame_equal(kept[kept["run"] != "extra"][list(rows)].reset_index(drop=True), again[list(rows)].reset_index(drop=True))
 
 
+def test_a_fuller_profile_goes_before_a_run_that_is_not_stale_and_no_edit_mixes_two(rows):
+    rows = rows.assign(stale=True, started="0", profile="")
+    quick = rows[rows["localization"] == "lookup"].assign(stale=False, started="1", profile="quick", run="quick", value=0.5)
+    more = quick.head(3).assign(attack="noise: 0.1")
+    other = quick.assign(localization="random")
+    kept = material.one_run_an_edit(pd.concat([quick, more, rows, other], ignore_index=True))
+    assert set(kept.loc[kept["localization"] == "lookup", "run"]) == {f"lookup finetune {seed}" for seed in range(3)}
+    assert len(kept) == len(rows) + len(other) and set(kept.loc[kept["run"] == "quick", "localization"]) == {"random"}
+    full = rows.assign(profile="full", run=lambda table: "full " + table["run"])
+    assert material.one_run_an_edit(pd.concat([rows, full], ignore_index=True))["run"].str.startswith("full ").all()
+
+
+def test_what_rests_on_quick_runs_says_so(rows, declared):
+    assert not tables.verdicts(declared, rows)["warning"].str.contains("quick").any()
+    mixed = rows.assign(profile=rows["profile"].mask(rows["localization"] == "all MLPs", "quick"))
+    found = tables.verdicts(declared, mixed).set_index("claim")
+    assert found.loc["mcq-unlocalized", "against"] == "all MLPs"
+    assert found.loc["mcq-unlocalized", "warning"] == "the rival was trained in the quick profile (all MLPs)"
+    assert "all MLPs (quick profile)" in set(tables.leaderboard(mixed)["name"])
+    picture, = figures.pictures(next(kind for kind in figures.KINDS if kind.name == "worst"), mixed, {})
+    assert picture.note == "Trained in the quick profile: all MLPs."
+    runs = pd.DataFrame([{name: "x" for name in material.ORIGIN} | {"stale": False, "rows": 1, "used": 1, "profile": profile} for profile in ("", "quick")])
+    assert list(tables.provenance(runs)["profile"]) == ["not recorded", "quick"]
+
+
 def test_a_run_that_is_going_on_can_be_reported(rows, tmp_path):
     made = {"git": {"commit": "abc", "dirty": True}, "code": "c", "started": "s", "platform": "p", "device": "cpu", "threads": 2}
-    run = SimpleNamespace(notebook="12_report", folder=tmp_path, provenance=made)
+    run = SimpleNamespace(notebook="12_report", folder=tmp_path, provenance=made, params=SimpleNamespace(profile="quick"))
     with pytest.raises(material.ReportError, match="no results yet"):
         material.current(run)
     rows.to_parquet(tmp_path / "results.parquet")
     found = material.current(run)
     assert len(found.rows) == len(rows) and set(found.runs["run"]) == set(rows["run"]) and set(found.rows["commit"]) == {"abc-dirty"}
+    assert set(found.rows["profile"]) == {"quick"}
 
 
 def test_the_page_is_well_formed_and_loads_nothing(tree, text):

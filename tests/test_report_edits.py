@@ -7,6 +7,7 @@ import report_cases as cases
 from report_cases import declared, rows  # noqa: F401 - fixtures
 
 from helpers import claims, plots
+from helpers.attacks.headline import SPOKEN
 from helpers.report import edits, figures, tables
 
 
@@ -40,6 +41,44 @@ def test_a_report_marks_edits_that_did_not_take_and_draws_one_edit_under_two_nam
     assert set(picture.table["mask"]) == set(board["name"]) and "everything" in picture.note and "lookup" not in picture.note
     other = both.assign(value=both["value"].mask(both["run"].str.startswith("again") & (both["attack"] == "relearn lora"), 0.5))
     assert edits.doubles(other) == {}
+
+
+def test_masks_without_layers_are_one_edit_if_all_of_their_values_are_equal(rows):
+    again = rows[rows["localization"] == "everything"].assign(localization="random", run=lambda t: "again " + t["run"])
+    both = pd.concat([rows, again], ignore_index=True)
+    assert edits.doubles(both) == {("tiny-llama3", cases.FACTS, "finetune", "random"): "everything"}
+    assert "everything = random" in set(tables.leaderboard(both)["name"])
+    kind = next(kind for kind in figures.KINDS if kind.name == "worst")
+    assert "everything = random" in set(next(figures.pictures(kind, both, {})).table["mask"])
+    # one attack, one seed or one value apart: another edit, also in figures that show nothing of it
+    apart = [both.drop(index=both.index[(both["localization"] == "random") & condition])
+             for condition in (both["attack"] == "soft prompt", both["seed"] == 2)]
+    changed = (both["localization"] == "random") & (both["measure"] == "text_loss")
+    for other in (*apart, both.assign(value=both["value"].mask(changed, both["value"] + 0.01))):
+        assert edits.doubles(other) == {}
+        assert {"everything", "random"} <= set(next(figures.pictures(kind, other, {})).table["mask"])
+
+
+def test_an_edit_whose_double_was_not_attacked_stands_for_itself(rows):
+    lookup = rows[rows["localization"] == "lookup"]
+    attacked = lookup["attack"] == f"worst: {SPOKEN}"
+    again = lookup[attacked | (lookup["attack"] == "none")].assign(localization="attribution MLPs")
+    both = pd.concat([rows.drop(index=lookup.index[attacked]), again], ignore_index=True)
+    assert list(edits.doubles(both).values()) == ["lookup"]
+    assert {"attribution MLPs", "all MLPs", "everything"} == set(tables.leaderboard(both)["name"])
+
+
+def test_a_mask_is_marked_at_the_numbers_of_facts_where_its_edit_did_not_take():
+    sized = cases.sizes()
+    sized = sized[sized["method"] == "finetune, equal steps"]
+    large, small = part_taken(sized, "lookup"), part_taken(sized, "everything")
+    mixed = pd.concat([large[(large["n"] == 256) | (large["localization"] != "lookup")], sized[(sized["n"] < 256) & (sized["localization"] == "lookup")]])
+    kind = next(kind for kind in figures.KINDS if kind.name == "scaling")
+    picture, = figures.pictures(kind, mixed, {})
+    assert set(picture.table["mask"]) == {"lookup † at 256", "everything"}
+    assert picture.note == "† did not take: share of the facts in the trained words below 0.9: lookup at 256 facts 0.50."
+    picture, = figures.pictures(kind, small, {})
+    assert set(picture.table["mask"]) == {"lookup", "everything †"} and picture.note.count("everything at ") == 3
 
 
 def test_unlearning_takes_where_the_true_answer_is_gone(rows):

@@ -203,6 +203,18 @@ def test_all_right_is_not_known_exactly():
     assert same["value"] == 0 and same["p"] == 1 and same["low"] == pytest.approx(low - 1) and same["high"] == pytest.approx(1 - low)
 
 
+def test_intervals_stop_at_the_bounds_of_shares_and_of_their_differences():
+    few = {"a": np.array([[0.9, 0.2]]), "b": np.array([[0.3, 1.0]])}  # one value a seed: a t interval of two is wider than possible
+    single, row = stats.summary(table(few), ["localization"]), stats.compare(table(few), "a", ["b"]).iloc[0]
+    assert (single[["low", "seeds_low"]] == 0).all(axis=None) and (single[["high", "seeds_high"]] == 1).all(axis=None)
+    assert (row["low"], row["high"], row["seeds_low"], row["seeds_high"]) == (-1, 1, -1, 1)
+    for free in ({"bounded": False}, {"rows": "text_loss"}, {"rows": "norm"}):
+        rows = table(few, measure=free.pop("rows", "other"))
+        single, row = stats.summary(rows, ["localization"], **free).iloc[0], stats.compare(rows, "a", ["b"], **free).iloc[0]
+        assert single["low"] < -1 and single["high"] > 1 and row["low"] < -2 and row["high"] > 2
+        assert np.isnan(row["h"])
+
+
 def test_all_equal_without_bounds_says_so():
     row = stats.summary(table({"a": np.full((30, 2), 3.5)})).iloc[0]
     assert row["low"] == row["high"] == row["value"] == 3.5 and "no spread" in row["note"]

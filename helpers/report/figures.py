@@ -24,6 +24,7 @@ from helpers.report.selections import UNEDITED
 
 READINGS = {"probability": "mean probability", "top1": "top-1 accuracy"}
 STEPS, PROBABLE = "training steps of the attack", "probability of\nthe true answer"
+ESTIMATED = ["fact", "seed", "value", "attack", "run"]
 LAYER = "layer (0 = embeddings, l + 1 = after block l)"
 
 
@@ -45,13 +46,15 @@ class Kind:
 @dataclass(frozen=True, eq=False)
 class Picture:
     """One figure, `where` it is from, its estimates (the kind's columns, `reading`, those of `stats.summary`, `chance`, `collapsed`), and
-    a `note` on edits that did not take or collapsed."""
+    a `note` on edits that did not take, collapsed or were trained in the quick profile;
+    `runs`: those behind it."""
 
     kind: Kind
     where: str
     figure: Figure
     table: pd.DataFrame
     note: str
+    runs: tuple[str, ...]
 
 
 def pictures(kind: Kind, rows: pd.DataFrame, chance: Mapping[str, float], made: pd.DataFrame | None = None) -> Iterator[Picture]:
@@ -64,8 +67,11 @@ def pictures(kind: Kind, rows: pd.DataFrame, chance: Mapping[str, float], made: 
     for (model, facts, tried), part in chosen.groupby(["model", "about", "tried"], sort=False):
         if set(part["mask"]) <= {selections.UNEDITED, selections.SHUFFLED}:  # nothing to compare it with
             continue
+        behind = part["run"].dropna().unique()
         part = _renamed(part)
-        table = stats.summary(part, [*kind.by, "reading"])
+        by = [*kind.by, "reading"]
+        # dozens of columns of texts take longer to copy, estimate by estimate, than the intervals to compute
+        table = stats.summary(part[list(dict.fromkeys([*by, *ESTIMATED]))], by)
         level = uniform(facts, part) if kind.uniform else chance.get(facts)
         table = table.assign(chance=[0.25 if is_mcq else level for is_mcq in _by_estimate(part["name"].str.startswith("mcq"), part, table, kind.by)],
                              collapsed=_by_estimate(part["collapsed"], part, table, kind.by))
@@ -73,7 +79,7 @@ def pictures(kind: Kind, rows: pd.DataFrame, chance: Mapping[str, float], made: 
         if len(drawn):
             where = f"{model}, {facts}" + (f", {tried}" if tried else "")
             figure = kind.draw(drawn.drop(columns="reading"), f"{where}: {READINGS[kind.reading]}")
-            yield Picture(kind, where, figure, table, _note(part, made))
+            yield Picture(kind, where, figure, table, _note(part, made), tuple(behind))
 
 
 def uniform(facts: str, rows: pd.DataFrame) -> float | None:
@@ -88,22 +94,23 @@ def uniform(facts: str, rows: pd.DataFrame) -> float | None:
 def floors(rows: pd.DataFrame) -> dict[str, float]:
     """By set of facts: how often the commonest answer of the relation, in the whole file, is the true one.
 
-    What guessing alone gets right. Sets of facts that do not come with the project have none.
+    What guessing alone gets right. Sets of facts that do not come with the project have none, nor have those of one answer (a whole
+    sport): who knows of what the set is made is always right, who does not, never.
     """
     found = {}
     for facts, part in rows[rows["measure"].str.match(r"forget (?:top1|probability)$")].groupby("facts", sort=False):
         source = facts.split()[0]
         if source in BUNDLED:
             everything = load(source)
-            asked, total, count = set(part["fact"]), 0.0, 0
+            asked, total, answers = set(part["fact"]), 0.0, []
             for relation in dict.fromkeys(fact.relation.name for fact in everything):
                 of = [fact for fact in everything if fact.relation.name == relation]
                 read = [fact.answer for fact in of if f"{fact.subject} | {relation}" in asked]
                 if read:
                     guess = stats.majority([fact.answer for fact in of], read)
-                    total, count = total + guess["share"] * guess["n"], count + guess["n"]
-            if count:
-                found[facts] = total / count
+                    total, answers = total + guess["share"] * guess["n"], answers + read
+            if len(set(answers)) > 1:
+                found[facts] = total / len(answers)
     return found
 
 
@@ -114,24 +121,34 @@ def _by_estimate(values: pd.Series, part: pd.DataFrame, table: pd.DataFrame, by:
 
 
 def _renamed(part: pd.DataFrame) -> pd.DataFrame:
-    """Rows of one figure without edits that repeat another, whose name says so, and with a dagger at masks whose edits did not take."""
-    again = {name: kept for (*_, name), kept in edits.doubles(part).items()}
-    names = part.drop_duplicates("localization").set_index("localization")["mask"]
+    """Rows of one figure without edits that repeat another, whose name (`place`) says so; `mask` is that name, with a dagger if edits did not take."""
+    drawn = part.drop_duplicates("localization").set_index("localization")
+    names, again = drawn["mask"], {name: kept for name, kept in drawn["same_as"].items() if kept in drawn.index}
     also = {names[kept]: "".join(f" = {names[name]}" for name in again if again[name] == kept) for kept in again.values()}
     part = part[~part["localization"].isin(again)]
-    weak = part.groupby("mask")["weak"].any()
-    mark = part["mask"].map(lambda mask: also.get(mask, "") + (f" {edits.DAGGER}" if weak[mask] else ""))
-    return part.assign(mask=part["mask"] + mark)
+    place = part["mask"] + part["mask"].map(lambda mask: also.get(mask, ""))
+    return part.assign(place=place, mask=place + part["mask"].map(_daggers(part)))
+
+
+def _daggers(part: pd.DataFrame) -> dict[str, str]:
+    """The mark of each mask: none, a dagger, or that with the numbers of facts at which its edits did not take, where at others they did."""
+    sizes = part.groupby("mask")["n"].agg(set)
+    weak = part[part["weak"]].groupby("mask")["n"].agg(set)
+    at = lambda mask: "" if weak[mask] == sizes[mask] else f" at {', '.join(map(str, sorted(weak[mask])))}"
+    return {mask: f" {edits.DAGGER}{at(mask)}" if mask in weak else "" for mask in sizes.index}
 
 
 def _note(part: pd.DataFrame, made: pd.DataFrame) -> str:
-    """Which masks have a mark, and why."""
-    keys = part[["mask", *edits.KEY]].dropna().drop_duplicates()
-    of = [(row[0], made.loc[row[1:]]) for row in keys.itertuples(index=False, name=None) if row[1:] in made.index]
-    few = {name: f"{name.removesuffix(f' {edits.DAGGER}')} {edit['taken']:.2f}" for name, edit in of if edit["weak"]}
-    lost = {f"{name.removesuffix(f' {edits.DAGGER}')} ({edit['collapse']})" for name, edit in of if edit["collapse"]}
-    said = [f"{edits.DAGGER} did not take: share of the facts in the trained words below {edits.TAKEN}: {', '.join(few.values())}."] * bool(few)
-    return " ".join([*said, *[f"Collapsed: {', '.join(sorted(lost))}."] * bool(lost)])
+    """Which masks have a mark, and why; with the number of facts, where there are several."""
+    keys = part[["place", *edits.KEY]].dropna().drop_duplicates()
+    size = keys["n"].map(" at {:.0f} facts".format) if keys["n"].nunique() > 1 else ""
+    of = [(row[0], made.loc[row[1:]]) for row in keys.assign(place=keys["place"] + size).itertuples(index=False, name=None) if row[1:] in made.index]
+    few = [f"{name} {edit['taken']:.2f}" for name, edit in of if edit["weak"]]
+    lost = sorted({f"{name} ({edit['collapse']})" for name, edit in of if edit["collapse"]})
+    quick = sorted({name for name, edit in of if edit["quick"]})
+    said = {f"{edits.DAGGER} did not take: share of the facts in the trained words below {edits.TAKEN}": few, "Collapsed": lost,
+            "Trained in the quick profile": quick}
+    return " ".join(f"{what}: {', '.join(names)}." for what, names in said.items() if names)
 
 
 def _spider(table: pd.DataFrame, title: str) -> Figure:

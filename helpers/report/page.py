@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import base64
 import io
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 
 import jinja2
@@ -12,12 +12,13 @@ import pandas as pd
 import yaml
 from matplotlib.figure import Figure
 
-from helpers import claims, provenance
+from helpers import claims, provenance, results
 from helpers.claims import Claims
-from helpers.report import edits, figures, selections, tables
+from helpers.report import commands, edits, figures, selections, tables
+from helpers.report.commands import Made
 from helpers.report.figures import READINGS, Kind, Picture
 from helpers.report.rows import Material
-from helpers.report.tables import estimate, number
+from helpers.report.tables import counted, estimate, number
 from helpers.report.template import PAGE
 
 MARKS = {"holds": "✓", "fails": "✗", "undecided": "?"}
@@ -32,33 +33,30 @@ def render(material: Material, declared: Claims, date: str, command: str, figure
     """
     rows = material.rows
     made, chance = edits.made(rows), figures.floors(rows)
-    found = tables.verdicts(declared, rows, made)
+    compared = claims.comparisons(declared, rows)
+    found = tables.verdicts(declared, rows, made, compared)
     drawn = selections.named(rows)
-    sections = [_section(kind, drawn, chance, made, material.packs, figure_folder) for kind in figures.KINDS]
+    makers, runs = commands.load(), material.runs
+    behind = lambda names: makers.behind(runs[runs["run"].isin(names)])
+    sections = [_section(kind, drawn, chance, made, behind, figure_folder) for kind in figures.KINDS]
     ours, theirs = tables.columns(rows)
     environment = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True)
-    environment.filters |= {"estimate": estimate, "number": number, "asked": tables.asked}
+    environment.filters |= {"estimate": estimate, "counted": counted, "number": number, "asked": tables.asked}
     return environment.from_string(PAGE).render(
-        date=date, command=command, material=material, count=_counts(material.runs), marks=MARKS, readings=READINGS,
+        date=date, command=command, material=material, count=_counts(runs), marks=MARKS, readings=READINGS,
         models=[*ours, *(theirs or ["the paper's models"])], theirs=tables.published_models(), tally=_tally(found), rule=declared.rule,
         families=_families(declared, found, rows), board=tables.leaderboard(rows, made=made), places=tables.localizations(rows),
-        decided=tables.in_words(declared, tables.decided(declared, rows, made)), sections=sections, packs=material.packs,
-        origin=tables.provenance(material.runs), chance=chance, taken=edits.TAKEN)
+        decided=tables.in_words(declared, tables.decided(declared, rows, made, compared)), sections=sections, packs=material.packs,
+        origin=tables.provenance(runs), chance=chance, taken=edits.TAKEN, everything=behind(rows["run"].unique()),
+        board_made=behind(tables.attacked_runs(rows)), places_made=behind(rows.loc[rows["method"] == results.LOCALIZE, "run"].unique()))
 
 
-def command_of(kind: Kind, sweeps: Path | None = None, packs: pd.DataFrame | None = None) -> str:
-    """What makes the rows of a figure: the sweeps that run its notebooks, else the notebooks themselves.
-
-    Where there are `packs` with runs of these notebooks, the sweeps that they are called after, and the notebooks for other ones.
-    """
+def command_of(kind: Kind, sweeps: Path | None = None) -> str:
+    """What brings rows for a figure that has none: the sweeps that run its notebooks, else the notebooks themselves."""
     sweeps = sweeps or provenance.project_root() / "sweeps"
     entries = {file.stem: yaml.safe_load(file.read_text(encoding="utf-8")) for file in sorted(sweeps.glob("*.yaml"))}
     able = [name for name, parts in entries.items() if {part["notebook"] for part in parts} & set(kind.notebooks)]
-    by_hand = f"python -m helpers.notebooks run {' '.join(name[:2] for name in kind.notebooks)} --profile standard"
-    there = [] if packs is None else [Path(source).stem for source in packs.loc[packs["notebook"].isin(kind.notebooks), "source"]]
-    found = [name for name in able if name in there] if there else able
-    commands = [f"python -m helpers.sweep sweeps/{name}.yaml" for name in found]
-    return " && ".join([*commands, by_hand] if not commands or set(there) - set(found) else commands)
+    return " && ".join(map(commands.sweep, able)) or commands.by_notebooks(*kind.notebooks)
 
 
 def numbers(picture: Picture) -> pd.DataFrame:
@@ -81,10 +79,10 @@ def picture_bytes(figure: Figure) -> bytes:
 
 
 def _counts(runs: pd.DataFrame) -> dict[str, int]:
-    """How many runs there are, are used, are stale, are stale and shown, and give way to another run in part or whole."""
+    """How many runs there are, are used, are stale, are stale and shown, are quick and shown, and give way to another run in part or whole."""
     stale, used = runs["stale"].astype(bool), runs["used"] > 0
     aside = (~stale | (stale & used).any()) & (runs["used"] < runs["rows"])
-    kinds = {"used": used, "stale": stale, "stale_shown": stale & used, "set_aside": aside}
+    kinds = {"used": used, "stale": stale, "stale_shown": stale & used, "quick": used & (runs["profile"] == edits.QUICK), "set_aside": aside}
     return {"runs": len(runs), **{name: int(kind.sum()) for name, kind in kinds.items()}}
 
 
@@ -108,15 +106,17 @@ def _published(declared: Claims, claim: claims.Claim) -> list[dict]:
     return [{"measure": measure, "setting": setting, "runs": part["n_runs"].iloc[0], "values": values(part)} for (measure, setting), part in parts]
 
 
-def _section(kind: Kind, rows: pd.DataFrame, chance: Mapping[str, float], made: pd.DataFrame, packs: pd.DataFrame, folder: Path | None) -> dict:
+def _section(kind: Kind, rows: pd.DataFrame, chance: Mapping[str, float], made: pd.DataFrame, behind: Callable[[Iterable[str]], Made],
+             folder: Path | None) -> dict:
     shown = []
     for place, picture in enumerate(figures.pictures(kind, rows, chance, made)):
         image = picture_bytes(picture.figure)
         if folder:
             provenance.write_atomic(folder / f"{kind.name}-{place}.png", lambda path, image=image: path.write_bytes(image))
         counts = {name: _range(picture.table[f"n_{name}"]) for name in ("facts", "seeds")}
-        shown.append({"where": picture.where, "note": picture.note, "image": base64.b64encode(image).decode(), "table": numbers(picture), **counts})
-    return {"kind": kind, "pictures": shown, "command": command_of(kind, packs=packs if shown else None)}
+        shown.append({"where": picture.where, "note": picture.note, "image": base64.b64encode(image).decode(), "table": numbers(picture),
+                      "made": behind(picture.runs), **counts})
+    return {"kind": kind, "pictures": shown, "command": command_of(kind)}
 
 
 def _range(counts: pd.Series) -> str:

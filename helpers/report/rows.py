@@ -2,7 +2,7 @@
 
     material = collect(["data/results", "runs"])
     material.rows          # rows of the store, one run an edit and attack
-    material.runs          # one row a run, also those left out: commit, code, machine, `stale`, `rows`, `used`
+    material.runs          # one row a run, also those left out: commit, code, machine, `stale`, `rows`, `used`, `parameters`
 """
 
 from __future__ import annotations
@@ -16,11 +16,14 @@ import pyarrow.parquet as pq
 
 from helpers import presets, store
 from helpers.provenance import short_path
+from helpers.report.edits import QUICK
 from helpers.runs import Run
 
 SWEEP = "python -m helpers.sweep sweeps/reference.yaml"
 EDIT = ["model", "facts", "n", "seed", "localization", "method"]
-ORIGIN = ["run", "notebook", "commit", "code", "started", "machine", "stale"]
+ORIGIN = ["run", "notebook", "profile", "commit", "code", "started", "machine", "stale"]
+# a lower profile trains less; rows packed without a profile are of standard runs
+FULLEST = {"full": 0, "standard": 1, "": 1, QUICK: 2}
 
 
 class ReportError(ValueError):
@@ -30,7 +33,7 @@ class ReportError(ValueError):
 @dataclass(frozen=True, eq=False)
 class Material:
     """`rows` to report on, `runs` they come from and those left out, `unfinished` runs (failed, or never ended), `sources` as text, and
-    `packs`: one row a source and notebook, with its runs, rows, minutes (packed rows do not have them) and machines."""
+    `packs`: one row a source and notebook, with its runs, rows, minutes (packed rows may not have them) and machines."""
 
     rows: pd.DataFrame
     runs: pd.DataFrame
@@ -53,7 +56,7 @@ def collect(sources: Sequence[Path | str], fresh: bool = False, notebooks: Path 
     if gone := [short_path(source) for source in sources if not Path(source).exists()]:
         raise ReportError(f"nothing at {', '.join(gone)}: make rows with `{SWEEP}`, or name other places (--rows)")
     places = [place for source in map(Path, sources) for place in sorted(source.glob("*.parquet")) or [source]]
-    everything = store.read(*places, notebooks=notebooks)
+    everything = _with_profile(store.read(*places, notebooks=notebooks))
     named = ", ".join(map(short_path, places))
     if everything.empty:
         raise ReportError(f"no rows in {named}: make some with `{SWEEP}`, or name other places (--rows)")
@@ -65,21 +68,27 @@ def collect(sources: Sequence[Path | str], fresh: bool = False, notebooks: Path 
     rows = one_run_an_edit(taken.assign(model=taken["model"].map(known)))
     counts = everything.groupby(ORIGIN, sort=False).size().rename("rows").reset_index()
     runs = counts.assign(used=counts["run"].map(rows["run"].value_counts()).fillna(0).astype(int))
-    states = [store.runs(place, notebooks)["state"] for place in places if place.is_dir()]
-    packs = pd.concat([_pack(place, notebooks) for place in places], ignore_index=True)
-    return Material(rows, runs, sum(int((state != "finished").sum()) for state in states), tuple(map(short_path, places)), packs)
+    folders = {place: store.runs(place, notebooks) for place in places if place.is_dir()}
+    parameters = {run: stated for table in folders.values() for run, stated in zip(table["run"], table["parameters"])}
+    packs = pd.concat([_pack(place, folders.get(place)) for place in places], ignore_index=True)
+    unfinished = sum(int((table["state"] != "finished").sum()) for table in folders.values())
+    return Material(rows, runs.assign(parameters=runs["run"].map(lambda run: parameters.get(run, ""))), unfinished, tuple(map(short_path, places)), packs)
 
 
 def one_run_an_edit(rows: pd.DataFrame) -> pd.DataFrame:
     """Where several runs measured the same edit and attack, the rows of one: not a stale one if there is another, of these the one that
-    measured most of the edit, of equal ones the last.
+    measured most of the edit, of equal ones the last. Of runs in several profiles only those in the fullest count, for all attacks alike.
 
-    Every run measures the unedited model, and two notebooks may make the same edit: averaging them would count a fact twice.
+    Every run measures the unedited model, and two notebooks may make the same edit: averaging them would count a fact twice. An edit
+    that was trained for fewer steps is another one, though it has the same name: its attacks say nothing of the one trained in full.
     """
-    size = rows.groupby([*EDIT, "run"], dropna=False, sort=False)["value"].transform("size")
-    ranked = rows.assign(size=size).sort_values(["stale", "size", "started", "run"], ascending=[True, False, False, True], kind="stable")
-    first = ranked.groupby([*EDIT, "attack"], dropna=False, sort=False)["run"].transform("first")
-    return rows[(rows["run"] == first.reindex(rows.index)).to_numpy()].reset_index(drop=True)
+    part = [*EDIT, "run", "attack"]
+    sizes = rows.groupby([*part, "profile", "stale", "started"], dropna=False, sort=False).size().rename("size").reset_index()
+    edit = lambda *more: sizes.groupby([*EDIT, *more], dropna=False, sort=False)
+    sizes = sizes.assign(size=edit("run")["size"].transform("sum"), fullest=sizes["profile"].map(FULLEST))
+    sizes = sizes[sizes["fullest"] == edit()["fullest"].transform("min")]
+    ranked = sizes.sort_values(["stale", "size", "started", "run"], ascending=[True, False, False, True], kind="stable")
+    return rows.merge(ranked.drop_duplicates([*EDIT, "attack"])[part], on=part)
 
 
 def current(run: Run) -> Material:
@@ -89,21 +98,28 @@ def current(run: Run) -> Material:
         raise ReportError(f"{run.notebook} has recorded no results yet (run.result)")
     made, git = run.provenance, run.provenance["git"] or {"commit": "", "dirty": False}
     origin = {"notebook": run.notebook, "commit": git["commit"] + ("-dirty" if git["dirty"] else ""), "code": made["code"],
-              "started": made["started"], "machine": f"{made['platform']}, {made['device']}, {made['threads']} threads", "stale": False}
+              "started": made["started"], "machine": f"{made['platform']}, {made['device']}, {made['threads']} threads", "stale": False,
+              "profile": run.params.profile}
     rows = pd.read_parquet(file).assign(**origin)
     counts = rows.groupby(ORIGIN, sort=False).size().rename("rows").reset_index()
     where = short_path(run.folder)
-    return Material(one_run_an_edit(rows), counts.assign(used=counts["rows"]), 0, (where,), _by_notebook(counts.assign(minutes=float("nan")), where))
+    return Material(one_run_an_edit(rows), counts.assign(used=counts["rows"], parameters=""), 0, (where,), _by_notebook(counts.assign(minutes=float("nan")), where))
 
 
-def _pack(place: Path, notebooks: Path | None) -> pd.DataFrame:
-    """Runs of one source by notebook."""
-    if place.is_dir():
-        found = store.runs(place, notebooks)
+def _with_profile(rows: pd.DataFrame) -> pd.DataFrame:
+    """Rows with `profile`, empty where it is not known."""
+    return rows.assign(profile=rows["profile"].fillna("") if "profile" in rows else "")
+
+
+def _pack(place: Path, found: pd.DataFrame | None) -> pd.DataFrame:
+    """Runs of one source by notebook; `found`: of a folder, its runs."""
+    if found is not None:
         return _by_notebook(found[found["state"] == "finished"].assign(rows=float("nan")), short_path(place))
-    rows = pq.read_table(place, columns=["run", "notebook", "started", "machine"]).to_pandas()
-    runs = rows.groupby(list(rows), sort=False).size().rename("rows").reset_index()
-    return _by_notebook(runs.assign(minutes=float("nan")), short_path(place))
+    columns = ["run", "notebook", "started", "machine"]
+    minutes = ["minutes"] if "minutes" in pq.read_schema(place).names else []
+    rows = pq.read_table(place, columns=columns + minutes).to_pandas()
+    runs = rows.groupby([*columns, *minutes], sort=False, dropna=False).size().rename("rows").reset_index()
+    return _by_notebook(runs if minutes else runs.assign(minutes=float("nan")), short_path(place))
 
 
 def _by_notebook(runs: pd.DataFrame, source: str) -> pd.DataFrame:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import glob
 from collections.abc import Iterator, Mapping
 from fnmatch import fnmatchcase
 from pathlib import Path
@@ -36,6 +37,15 @@ def estimate(row: Mapping[str, Any], name: str = "", signed: bool = False) -> st
     return number(value, signed) if pd.isna(value) or pd.isna(low) else f"{number(value, signed)} [{number(low, signed)}, {number(high, signed)}]"
 
 
+def counted(row: Mapping[str, Any], name: str = "") -> str:
+    """How many facts and seeds are behind an estimate, "64 facts × 3 seeds"; a measure of the whole set has no facts. "one seed": its interval,
+    if it has one, says nothing of other seeds. Empty where there is no estimate."""
+    facts, seeds = (row.get(f"{name}_{key}" if name else key) for key in ("n_facts", "n_seeds"))
+    if pd.isna(seeds) or not seeds:
+        return ""
+    return f"{facts:.0f} facts × " * (facts > 1) + ("one seed" if seeds == 1 else f"{seeds:.0f} seeds")
+
+
 def bundled() -> list[str]:
     """Names of the tiny models that come with the project."""
     return sorted(path.parent.name for path in BUNDLED.glob("*/config.json"))
@@ -53,26 +63,26 @@ def columns(rows: pd.DataFrame) -> tuple[list[str], list[str]]:
     return list(dict.fromkeys([*bundled(), *(name for name in ran if name not in theirs)])), [name for name in theirs if name in ran]
 
 
-def verdicts(declared: Claims, rows: pd.DataFrame, made: pd.DataFrame | None = None) -> pd.DataFrame:
+def verdicts(declared: Claims, rows: pd.DataFrame, made: pd.DataFrame | None = None, compared: pd.DataFrame | None = None) -> pd.DataFrame:
     """`claims.verdict`, and beside it the same comparison in the other reading: `other_value`, `other_low`, `other_high`.
 
     One row a claim and model. `state`: the verdict, or "not run" where no row speaks of the claim; `warning`: what must be known of the edits
-    that are compared, from `edits.made`. Raises `claims.ClaimsError`.
+    that are compared, from `edits.made`. `compared`: `claims.comparisons` of the same, where it is there already. Raises `claims.ClaimsError`.
     """
-    found = claims.verdict(declared, rows)
+    found = claims.concluded(claims.comparisons(declared, rows) if compared is None else compared)
     if found.empty:
         return found
-    turned = [claim.model_copy(update={"reading": OTHER[claim.reading]}) for claim in declared.claims if claim.reading]
-    other = claims.comparisons(declared.model_copy(update={"claims": turned}), rows)
-    same, figures = ["claim", "model", "mask", "against"], ["value", "low", "high"]
-    found = found.merge(other[[*same, *figures]].rename(columns={name: f"other_{name}" for name in figures}), on=same, how="left")
+    found = found.merge(_other_reading(declared, found, rows), on=["claim", "model", "mask", "against"], how="left")
     found["state"] = found["verdict"].where((found["n_facts"] > 0) | (found["missing"] > 0), NOT_RUN)
     return found.assign(warning=_warnings(declared, found, rows, made))
 
 
-def decided(declared: Claims, rows: pd.DataFrame, made: pd.DataFrame | None = None) -> pd.DataFrame:
-    """The comparisons that decide: all of a claim that holds, and those short of the margin of one that fails, with `warning`."""
-    table = claims.comparisons(declared, rows)
+def decided(declared: Claims, rows: pd.DataFrame, made: pd.DataFrame | None = None, compared: pd.DataFrame | None = None) -> pd.DataFrame:
+    """The comparisons that decide: all of a claim that holds, and those short of the margin of one that fails, with `warning`.
+
+    `compared`: as in `verdicts`.
+    """
+    table = claims.comparisons(declared, rows) if compared is None else compared
     if table.empty:
         return table
     whole = lambda kinds: "fails" if "fails" in set(kinds) else "holds" if set(kinds) == {"holds"} else "undecided"
@@ -133,8 +143,8 @@ def leaderboard(rows: pd.DataFrame, reading: str = "top1", made: pd.DataFrame | 
 
     `worst`: the most that any attack recovers which makes the model itself answer; `inside`: probes too; `untouched`: the edited model
     left alone, on the same facts; each with `…_low`, `…_high`, `…_n_facts`, `…_n_seeds`, as COSTS have them. `attack`: the one that most
-    often recovers a fact. `collapsed`: why the means over seeds count as a wrecked model, by `evaluation.collapse`. `taken`, `weak` and
-    `broken`: from `edits.made`. `name`: the mask, with others that are the same edit, and a dagger where it did not take.
+    often recovers a fact. `collapsed`: why the means over seeds count as a wrecked model, by `evaluation.collapse`. `taken`, `weak`,
+    `broken` and `quick`: from `edits.made`. `name`: the mask, with others that are the same edit, and a dagger where it did not take.
     """
     forget = rows["measure"] == f"forget {reading}"
     spoken = rows[(rows["attack"] == f"worst: {SPOKEN}") & forget]
@@ -154,13 +164,20 @@ def leaderboard(rows: pd.DataFrame, reading: str = "top1", made: pd.DataFrame | 
     attacks = [_most_often(spoken, row) for _, row in table.iterrows()]
     table = table.assign(attack=attacks, collapsed=["; ".join(reason) for reason in reasons], lost=list(map(bool, reasons)))
     made = edits.made(rows) if made is None else made
-    table = table.join(made[["taken", "weak", "broken"]], on=BY)
-    again = edits.doubles(rows[rows["attack"].isin(["none", f"worst: {SPOKEN}"])])
-    edit = list(zip(table["model"], table["facts"], table["method"], table["localization"]))
-    names = [place + "".join(f" = {name}" for (*of, name), kept in again.items() if (of, kept) == (key, place)) for *key, place in edit]
-    table = table.assign(name=[name + (f" {edits.DAGGER}" if weak else "") for name, weak in zip(names, table["weak"])])
-    table = table[[key not in again for key in edit]]
+    table = table.join(made[["taken", "weak", "broken", "quick", "same_as"]], on=BY).fillna({"weak": False, "quick": False, "same_as": ""})
+    edit = list(table[BY].itertuples(index=False, name=None))
+    stands = pd.Series([(*key[:-1], same) if (*key[:-1], same) in edit else None for key, same in zip(edit, table["same_as"])], table.index)
+    also = table["localization"].groupby(stands).agg(lambda names: "".join(f" = {name}" for name in names)).to_dict()
+    marks = [f" {edits.DAGGER}" * bool(weak) + f" ({edits.QUICK} profile)" * bool(quick) for weak, quick in zip(table["weak"], table["quick"])]
+    table = table.assign(name=[key[-1] + also.get(key, "") + mark for key, mark in zip(edit, marks)])[stands.isna()].drop(columns="same_as")
     return table.sort_values(["model", "facts", "lost", "worst"], kind="stable").drop(columns="lost").reset_index(drop=True)
+
+
+def attacked_runs(rows: pd.DataFrame) -> list[str]:
+    """The runs behind `leaderboard`."""
+    parts = rows[rows["attack"].isin(["none", "worst", f"worst: {SPOKEN}"])].drop_duplicates([*BY, "attack", "run"])
+    attacked = parts.loc[parts["attack"] == f"worst: {SPOKEN}", BY].drop_duplicates()
+    return parts.merge(attacked, on=BY)["run"].unique().tolist()
 
 
 def board_in_words(board: pd.DataFrame) -> pd.DataFrame:
@@ -168,8 +185,8 @@ def board_in_words(board: pd.DataFrame) -> pd.DataFrame:
     columns = {"worst": "worst case", "untouched": "left alone", "inside": "probes too", "edit": "edit, trained words", "retain": "retained",
                "mcq_retain": "retained, MCQ", "text_loss": "text loss"}
     said = [{**{name: row[name] for name in ("model", "facts", "method")}, "mask": row["name"],
-             **{label: estimate(row, name) for name, label in columns.items()}, "by": row["attack"],
-             "facts, seeds": f"{row['worst_n_facts']:.0f}, {row['worst_n_seeds']:.0f}", "collapsed": row["collapsed"], "broken": row["broken"]}
+             **{label: f"{estimate(row, name)} ({counted(row, name) or 'not read'})" for name, label in columns.items()}, "by": row["attack"],
+             "collapsed": row["collapsed"], "broken": row["broken"]}
             for _, row in board.iterrows()]
     return pd.DataFrame(said)
 
@@ -195,12 +212,24 @@ def localizations(rows: pd.DataFrame) -> pd.DataFrame:
 
 
 def provenance(runs: pd.DataFrame) -> pd.DataFrame:
-    """One row a notebook, commit, code and machine: how many runs, of which stale, rows and rows used, and when they were started."""
+    """One row a notebook, profile, commit, code and machine: how many runs, of which stale, rows and rows used, and when they were started."""
     short = lambda text: text[:8] + ("-dirty" if text.endswith("-dirty") else "")
-    by = ["notebook", "commit", "code", "machine"]
+    runs = runs.assign(profile=runs["profile"].replace("", "not recorded"))
+    by = ["notebook", "profile", "commit", "code", "machine"]
     table = runs.groupby(by, dropna=False).agg(runs=("run", "nunique"), stale=("stale", "sum"), rows=("rows", "sum"), used=("used", "sum"),
                                                first=("started", "min"), last=("started", "max"))
     return table.reset_index().assign(commit=lambda t: t["commit"].map(short), code=lambda t: t["code"].map(short))
+
+
+def _other_reading(declared: Claims, found: pd.DataFrame, rows: pd.DataFrame) -> pd.DataFrame:
+    """The comparisons of `found` in the other reading, and no others: `other_value`, `other_low`, `other_high`."""
+    asked_of = {claim.id: claim for claim in declared.claims if claim.reading}
+    same, figures = ["claim", "model", "mask", "against"], ["value", "low", "high"]
+    turned = [claim.model_copy(update={"reading": OTHER[claim.reading], "models": [glob.escape(model)], "masks": [mask], "guards": [],
+                                       "against": [against] if against else []})
+              for name, model, mask, against in found[same].itertuples(index=False, name=None) if (claim := asked_of.get(name))]
+    other = claims.comparisons(declared.model_copy(update={"claims": turned}), rows)
+    return other.reindex(columns=[*same, *figures]).rename(columns={name: f"other_{name}" for name in figures})
 
 
 def _warnings(declared: Claims, table: pd.DataFrame, rows: pd.DataFrame, made: pd.DataFrame | None) -> list[str]:
@@ -220,7 +249,7 @@ def _warnings(declared: Claims, table: pd.DataFrame, rows: pd.DataFrame, made: p
 def _summary(part: pd.DataFrame, name: str) -> pd.DataFrame:
     if part.empty:
         return pd.DataFrame(columns=[*BY, name])
-    found = stats.summary(part, BY)[[*BY, "value", "low", "high", "n_facts", "n_seeds"]]
+    found = stats.summary(part[[*BY, "measure", "fact", "seed", "value", "run"]], BY)[[*BY, "value", "low", "high", "n_facts", "n_seeds"]]
     return found.rename(columns={"value": name, **{end: f"{name}_{end}" for end in ("low", "high", "n_facts", "n_seeds")}})
 
 

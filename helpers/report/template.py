@@ -1,6 +1,10 @@
 """The page's HTML, a Jinja template; `helpers.report.page` fills it in. Nothing in it is loaded from elsewhere."""
 
-PAGE = """<!DOCTYPE html>
+PAGE = """{% macro rows_of(made) %}
+{% for command in made.commands %}<code>{{ command }}</code>{{ "; " if not loop.last }}{% endfor %}
+{{ "; " if made.commands and made.rest }}{{ "not among the committed sweeps: " ~ made.rest if made.rest }}
+{% endmacro %}
+<!DOCTYPE html>
 <html lang="en">
 <head>
 <meta charset="utf-8" />
@@ -29,7 +33,10 @@ of a helper that their notebook uses counts.
 No run is stale.
 {% endif %}
 {% if count.set_aside %}
-Of {{ count.set_aside }} runs some or all rows are set aside, because another run measured the same edit, and more of it.
+Of {{ count.set_aside }} runs some or all rows are set aside, because another run measured the same edit, and more of it, or in a fuller profile.
+{% endif %}
+{% if count.quick %}
+{{ count.quick }} of the runs shown are of the quick profile, which trains less; verdicts, figures and tables name the edits that are theirs.
 {% endif %}
 {% if material.unfinished %}
 {{ material.unfinished }} runs failed or never ended, and have no rows here.
@@ -100,7 +107,7 @@ probabilities.</p>
 {% if cell.warning %}
 <br /><span class="small"><strong>{{ cell.warning }}</strong></span>
 {% endif %}
-<br /><span class="small">{% if cell.against %}{{ cell.mean_a|number }} vs {{ cell.mean_b|number }}; {% endif %}{{ cell.n_facts }} facts, {{ cell.n_seeds }} seeds
+<br /><span class="small">{% if cell.against %}{{ cell.mean_a|number }} vs {{ cell.mean_b|number }}; {% endif %}{{ cell|counted }}
 {% if claim.reading %}<br />{{ readings['top1' if claim.reading == 'probability' else 'probability'] }}: {{ cell|estimate("other_value", cell.against != "") }}{% endif %}</span>
 {% endif %}
 {% if cell.reason %}
@@ -122,18 +129,18 @@ easily reach the ceiling of 1. {% for facts, level in chance.items() %}Guessing 
 {% if board|length %}
 <div class="scroll"><table id="leaderboard">
 <thead><tr><th>Model</th><th>Facts</th><th>Method</th><th>Mask</th><th>Worst case</th><th>by</th><th>Left alone</th><th>Probes too</th><th>New answer</th><th>Retained</th>
-<th>Retained, MCQ</th><th>Text loss</th><th>Facts, seeds</th><th>Collapsed</th><th>Broken formats</th></tr></thead>
+<th>Retained, MCQ</th><th>Text loss</th><th>Collapsed</th><th>Broken formats</th></tr></thead>
 <tbody>
 {% for _, row in board.iterrows() %}
 <tr><td>{{ row.model }}</td><td>{{ row.facts }}</td><td>{{ row.method }}</td><td>{{ row['name'] }}</td>
-<td class="number">{{ row|estimate('worst') }}</td><td>{{ row.attack }}</td>
+<td class="number">{{ row|estimate('worst') }}<br /><span class="small">{{ row|counted('worst') }}</span></td><td>{{ row.attack }}</td>
 {% for name in ('untouched', 'inside', 'edit', 'retain', 'mcq_retain', 'text_loss') %}
-<td class="number">{{ row|estimate(name) }}</td>
+<td class="number">{{ row|estimate(name) }}<br /><span class="small">{{ row|counted(name) }}</span></td>
 {% endfor %}
-<td>{{ row.worst_n_facts }}, {{ row.worst_n_seeds }}</td><td class="fails">{{ row.collapsed }}</td><td class="small">{{ row.broken }}</td></tr>
+<td class="fails">{{ row.collapsed }}</td><td class="small">{{ row.broken }}</td></tr>
 {% endfor %}
 </tbody></table></div>
-<p class="small">Facts and seeds are those of the worst case; costs are read on all facts that the evaluation asks.</p>
+<p class="small">Costs are read on all facts that the evaluation asks, text loss once a seed. Of one seed there is no interval over seeds. Rows: {{ rows_of(board_made) }}</p>
 {% else %}
 <p class="none">No rows of attacks yet: <code>{{ sections[1].command }}</code></p>
 {% endif %}
@@ -155,6 +162,7 @@ out one after the other; small means that it names what the answer needs, which 
 <td class="small">{{ row.units }}</td><td>{{ row.same }} of {{ row.seeds }}</td></tr>
 {% endfor %}
 </tbody></table></div>
+<p class="small">Rows: {{ rows_of(places_made) }}</p>
 {% else %}
 <p class="none">No rows yet: <code>python -m helpers.sweep sweeps/localization.yaml</code></p>
 {% endif %}
@@ -163,13 +171,13 @@ out one after the other; small means that it names what the answer needs, which 
 <h2 id="{{ section.kind.name }}">{{ section.kind.title }}</h2>
 <p>{{ section.kind.says }}
 {% if section.pictures %}
-Drawn: {{ readings[section.kind.reading] }}, with 95 % intervals over facts and seeds. Rows: <code>{{ section.command }}</code></p>
+Drawn: {{ readings[section.kind.reading] }}, with 95 % intervals over facts and seeds.</p>
 {% else %}
 </p><p class="none">No rows for this figure yet. They come from <code>{{ section.command }}</code>.</p>
 {% endif %}
 {% for picture in section.pictures %}
 <h3>{{ picture.where }}</h3>
-<p class="small">{{ picture.facts }} facts, {{ picture.seeds }} seeds an estimate. {{ picture.note }}</p>
+<p class="small">{{ picture.facts }} facts, {{ picture.seeds }} seeds an estimate. {{ picture.note }} Rows: {{ rows_of(picture.made) }}</p>
 <img alt="{{ section.kind.title }}: {{ picture.where }}" src="data:image/png;base64,{{ picture.image }}" />
 <details><summary>numbers</summary><div class="scroll"><table>
 <thead><tr>{% for name in picture.table.columns %}<th>{{ name }}</th>{% endfor %}</tr></thead>
@@ -182,7 +190,7 @@ Drawn: {{ readings[section.kind.reading] }}, with 95 % intervals over facts and 
 {% endfor %}
 
 <h2>Where the rows come from</h2>
-<p>Minutes are those of folders of runs; packed files do not hold them.</p>
+<p>All rows shown: {{ rows_of(everything) }}. Packed files may not hold the minutes that their runs took.</p>
 <div class="scroll"><table id="packs">
 <thead><tr><th>Source</th><th>Notebook</th><th>Runs</th><th>Rows</th><th>Minutes</th><th>Machine</th><th>Started, first to last</th></tr></thead>
 <tbody>
@@ -193,10 +201,10 @@ Drawn: {{ readings[section.kind.reading] }}, with 95 % intervals over facts and 
 </tbody></table></div>
 <h3>By commit</h3>
 <div class="scroll"><table id="provenance">
-<thead><tr><th>Notebook</th><th>Commit</th><th>Code</th><th>Machine</th><th>Runs</th><th>Stale</th><th>Rows</th><th>Shown</th><th>Started, first to last</th></tr></thead>
+<thead><tr><th>Notebook</th><th>Profile</th><th>Commit</th><th>Code</th><th>Machine</th><th>Runs</th><th>Stale</th><th>Rows</th><th>Shown</th><th>Started, first to last</th></tr></thead>
 <tbody>
 {% for _, row in origin.iterrows() %}
-<tr><td>{{ row.notebook }}</td><td><code>{{ row.commit }}</code></td><td><code>{{ row.code }}</code></td>
+<tr><td>{{ row.notebook }}</td><td>{{ row.profile }}</td><td><code>{{ row.commit }}</code></td><td><code>{{ row.code }}</code></td>
 <td>{{ row.machine }}</td><td>{{ row.runs }}</td><td>{{ row.stale }}</td><td>{{ row.rows }}</td><td>{{ row.used }}</td><td>{{ row['first'] }} – {{ row['last'] }}</td></tr>
 {% endfor %}
 </tbody></table></div>
