@@ -161,7 +161,7 @@ def _by_measure(claims: Claims, rows: pd.DataFrame) -> Mapping[str, pd.DataFrame
     """Rows of the methods and attacks that any claim asks for, or of the unedited model: a small part of a store, which every claim filters anew."""
     methods, attacks = ({getattr(claim, name) for claim in claims.claims} for name in ("method", "attack"))
     edited = rows["method"].isin(methods) & rows["attack"].isin(attacks)
-    asked = rows[edited | ((rows["localization"] == "none") & (rows["attack"] == "none"))]
+    asked = rows.loc[edited | ((rows["localization"] == "none") & (rows["attack"] == "none")), [name for name in (*COLUMNS, "layers") if name in rows]]
     return defaultdict(lambda: asked.iloc[:0], iter(asked.groupby("measure", sort=False)))
 
 

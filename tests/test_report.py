@@ -184,6 +184,7 @@ def test_every_estimate_of_the_leaderboard_says_how_many_facts_and_seeds_it_has(
     tree = ElementTree.fromstring(page.render(collected, declared, "a day", "a command").removeprefix("<!DOCTYPE html>"))
     row = next(row for row in tree.find(".//table[@id='leaderboard']").iter("tr") if said(row.find("td[4]") if row.find("td") is not None else row) == "lookup")
     shown = [said(cell) for cell in row.iter("td")]
+    assert any("facts, one seed an estimate." in said(line) for line in tree.iter("p"))
     assert len(shown) == 14 and shown[4].endswith("6 facts × one seed") and shown[11].endswith("one seed") and "[" not in shown[11]
 
 

@@ -177,7 +177,7 @@ Drawn: {{ readings[section.kind.reading] }}, with 95 % intervals over facts and 
 {% endif %}
 {% for picture in section.pictures %}
 <h3>{{ picture.where }}</h3>
-<p class="small">{{ picture.facts }} facts, {{ picture.seeds }} seeds an estimate. {{ picture.note }} Rows: {{ rows_of(picture.made) }}</p>
+<p class="small">{{ picture.facts }} facts, {{ 'one seed' if picture.seeds == '1' else picture.seeds ~ ' seeds' }} an estimate. {{ picture.note }} Rows: {{ rows_of(picture.made) }}</p>
 <img alt="{{ section.kind.title }}: {{ picture.where }}" src="data:image/png;base64,{{ picture.image }}" />
 <details><summary>numbers</summary><div class="scroll"><table>
 <thead><tr>{% for name in picture.table.columns %}<th>{{ name }}</th>{% endfor %}</tr></thead>
