@@ -20,7 +20,8 @@ T = TypeVar("T")
 ORIGIN = dict.fromkeys(["profile", "notebook", "commit", "code", "started", "machine"], "VARCHAR")
 COSTS = dict.fromkeys(["minutes", "memory_gb"], "DOUBLE")
 RUN_COLUMNS = ["run", "model", *ORIGIN, "state", "error", *COSTS, "parameters", "uses", "folder"]
-LATER = {"profile": "''", "minutes": "CAST(NULL AS DOUBLE)", "memory_gb": "CAST(NULL AS DOUBLE)"}  # columns that older packed files lack
+# columns that older packed files lack
+LATER = {"profile": "''", "parameters": "'{}'", "minutes": "CAST(NULL AS DOUBLE)", "memory_gb": "CAST(NULL AS DOUBLE)"}
 OLD = ".old"  # ends the folder of a finished run that is being run again
 
 
@@ -113,12 +114,12 @@ def _of_pack(file: Path) -> list[dict[str, Any]]:
     try:
         with duckdb.connect() as connection:
             rows = connection.read_parquet(str(file))
-            needed = [*ORIGIN, *COSTS, "uses"]
+            needed = [*ORIGIN, *COSTS, "parameters", "uses"]
             columns = [f"{LATER[name]} AS {name}" if name in LATER and name not in rows.columns else name for name in needed]
             runs = rows.query("rows", f"SELECT run, any_value(model) AS model, {', '.join(columns)} FROM rows GROUP BY ALL ORDER BY run").fetchall()
     except duckdb.Error as error:
         raise StoreError(f"{file} is no file made by pack: {str(error).splitlines()[0]}") from None
-    same = {"state": "finished", "error": "", "parameters": "{}", "folder": ""}
+    same = {"state": "finished", "error": "", "folder": ""}
     return [same | dict(zip(["run", "model", *needed], run)) for run in runs]
 
 

@@ -18,8 +18,8 @@ it hashes the notebook's name and the parameters, and nothing else. What the run
 code, and one of each file it used) and is compared with what is there now. Rows that older code made, or other data or weights,
 are read all the same, with `stale` set: it is for the reader of the rows to leave them out. A folder of runs has one version of
 each run: the same parameters run again replace the older rows, as soon as the new run has ended well under a sweep, at its start
-otherwise. To keep older rows, `pack` them, with the `minutes` and `memory_gb` that each run took: `runs` says those, NaN where they are
-unknown (in files that older code packed, too). Of a run that is in several sources, the one started last counts.
+otherwise. To keep older rows, `pack` them, with the parameters of each run and the `minutes` and `memory_gb` that it took: `runs` says
+those, empty where they are unknown (in files that older code packed, too). Of a run that is in several sources, the one started last counts.
 `read` is safe while runs are made: writers replace whole files, and a run that starts anew during the reading is not taken.
 A run with a torn file (a crash of the machine) is left out with a warning, `unreadable` in `runs`, and made again by a sweep.
 """
@@ -47,7 +47,7 @@ from helpers.listing import COSTS, OLD, ORIGIN, RUN_COLUMNS, StoreError
 
 ROWS = dict.fromkeys([*claims.COLUMNS, "layers", "setting"], "VARCHAR") | {"n": "BIGINT", "seed": "BIGINT", "value": "DOUBLE"}
 SCHEMA = ROWS | ORIGIN | {"stale": "BOOLEAN"}
-OF_A_RUN = ORIGIN | COSTS | {"uses": "VARCHAR"}  # of packed rows, which have no other place to keep it
+OF_A_RUN = ORIGIN | COSTS | {"parameters": "VARCHAR", "uses": "VARCHAR"}  # of packed rows, which have no other place to keep it
 PACKED = [*ROWS, *OF_A_RUN]
 Listed = list[tuple[Path, list[dict[str, Any]]]]  # places with records of their runs
 LISTINGS = 5

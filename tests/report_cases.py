@@ -122,15 +122,16 @@ def localized(seeds: int = 3) -> pd.DataFrame:
         regions = pd.DataFrame({"choice": ["fact lookup", "causal tracing"], "lookup": [1.0, 0.25], "extraction": [0.0, 0.5 + 0.1 * seed]})
         units = {"fact lookup": "mlp 0, mlp 1", "causal tracing": "attn 6, mlp 8" if seed < seeds - 1 else "attn 7, mlp 8"}
         found.append(results.of_localization(regions, units, {"causal tracing": 0.9}, {"causal tracing": 0.05, "random": 0.3},
-                                             facts="athletes, 96 facts", n=96, seed=seed).assign(model="tiny-llama3", run=f"03 {seed}"))
+                                             facts="athletes, 96 facts", n=96, seed=seed))
+        found[-1] = found[-1].assign(model="tiny-llama3", run=f"03 {seed}", profile="standard")
     return pd.concat(found, ignore_index=True)
 
 
 def pack(rows: pd.DataFrame, file: Path, stale: bool = False, notebook: str = NOTEBOOK) -> Path:
     """A packed file as `store.pack` writes it, of runs that this code made, or older code."""
     code = "0" * 64 if stale else provenance.code_hash(notebook)
-    origin = {"notebook": notebook, "commit": "c0ffee", "code": code, "started": "2026-01-02T03:04:05+00:00", "machine": "m", "uses": "{}",
-              "profile": "quick", "minutes": 1.5, "memory_gb": 0.5}
+    origin = {"notebook": notebook, "commit": "c0ffee", "code": code, "started": "2026-01-02T03:04:05+00:00", "machine": "m",
+              "profile": "quick", "minutes": 1.5, "memory_gb": 0.5, "parameters": "{}", "uses": "{}"}
     table = rows.assign(**{name: value for name, value in origin.items() if name not in rows})[store.PACKED]
     file.parent.mkdir(parents=True, exist_ok=True)
     pq.write_table(pa.Table.from_pandas(table, preserve_index=False), file)

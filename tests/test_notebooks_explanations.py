@@ -24,7 +24,7 @@ def by_depth(n_layers: int) -> pd.DataFrame:
     """Stored rows of windows of two MLPs in which only the first layer matters, and of the unedited model."""
     rng, tables = np.random.default_rng(0), []
     where = {"run": "a" * 12, "model": MODEL, "facts": "athletes first-64", "n": 64, "setting": "", "attack": "none",
-             "notebook": "06_attacks", "commit": "", "code": "", "started": "", "machine": "", "uses": "{}",
+             "notebook": "06_attacks", "commit": "", "code": "", "started": "", "machine": "", "parameters": "{}", "uses": "{}",
              "profile": "", "minutes": 1.0, "memory_gb": 1.0}
     for seed in range(3):
         kept = {"retain top1": 0.9, "mcq_retain top1": 0.9, "text_loss": 2.0}

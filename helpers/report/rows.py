@@ -12,7 +12,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pandas as pd
-import pyarrow.parquet as pq
 
 from helpers import presets, store
 from helpers.provenance import short_path
@@ -56,7 +55,7 @@ def collect(sources: Sequence[Path | str], fresh: bool = False, notebooks: Path 
     if gone := [short_path(source) for source in sources if not Path(source).exists()]:
         raise ReportError(f"nothing at {', '.join(gone)}: make rows with `{SWEEP}`, or name other places (--rows)")
     places = [place for source in map(Path, sources) for place in sorted(source.glob("*.parquet")) or [source]]
-    everything = _with_profile(store.read(*places, notebooks=notebooks))
+    everything = store.read(*places, notebooks=notebooks)
     named = ", ".join(map(short_path, places))
     if everything.empty:
         raise ReportError(f"no rows in {named}: make some with `{SWEEP}`, or name other places (--rows)")
@@ -68,11 +67,11 @@ def collect(sources: Sequence[Path | str], fresh: bool = False, notebooks: Path 
     rows = one_run_an_edit(taken.assign(model=taken["model"].map(known)))
     counts = everything.groupby(ORIGIN, sort=False).size().rename("rows").reset_index()
     runs = counts.assign(used=counts["run"].map(rows["run"].value_counts()).fillna(0).astype(int))
-    folders = {place: store.runs(place, notebooks) for place in places if place.is_dir()}
-    parameters = {run: stated for table in folders.values() for run, stated in zip(table["run"], table["parameters"])}
-    packs = pd.concat([_pack(place, folders.get(place)) for place in places], ignore_index=True)
-    unfinished = sum(int((table["state"] != "finished").sum()) for table in folders.values())
-    return Material(rows, runs.assign(parameters=runs["run"].map(lambda run: parameters.get(run, ""))), unfinished, tuple(map(short_path, places)), packs)
+    found = pd.concat([store.runs(place, notebooks).assign(source=short_path(place)) for place in places], ignore_index=True)
+    parameters = dict(zip(found["run"], found["parameters"].replace("{}", "")))
+    ended = found[found["state"] == "finished"].merge(counts[["run", "rows"]], how="left")
+    packs = pd.concat([_by_notebook(part, source) for source, part in ended.groupby("source", sort=False)], ignore_index=True)
+    return Material(rows, runs.assign(parameters=runs["run"].map(parameters)), len(found) - len(ended), tuple(map(short_path, places)), packs)
 
 
 def one_run_an_edit(rows: pd.DataFrame) -> pd.DataFrame:
@@ -104,22 +103,6 @@ def current(run: Run) -> Material:
     counts = rows.groupby(ORIGIN, sort=False).size().rename("rows").reset_index()
     where = short_path(run.folder)
     return Material(one_run_an_edit(rows), counts.assign(used=counts["rows"], parameters=""), 0, (where,), _by_notebook(counts.assign(minutes=float("nan")), where))
-
-
-def _with_profile(rows: pd.DataFrame) -> pd.DataFrame:
-    """Rows with `profile`, empty where it is not known."""
-    return rows.assign(profile=rows["profile"].fillna("") if "profile" in rows else "")
-
-
-def _pack(place: Path, found: pd.DataFrame | None) -> pd.DataFrame:
-    """Runs of one source by notebook; `found`: of a folder, its runs."""
-    if found is not None:
-        return _by_notebook(found[found["state"] == "finished"].assign(rows=float("nan")), short_path(place))
-    columns = ["run", "notebook", "started", "machine"]
-    minutes = ["minutes"] if "minutes" in pq.read_schema(place).names else []
-    rows = pq.read_table(place, columns=columns + minutes).to_pandas()
-    runs = rows.groupby([*columns, *minutes], sort=False, dropna=False).size().rename("rows").reset_index()
-    return _by_notebook(runs if minutes else runs.assign(minutes=float("nan")), short_path(place))
 
 
 def _by_notebook(runs: pd.DataFrame, source: str) -> pd.DataFrame:
