@@ -14,6 +14,7 @@ than `limit` times their mean length (published: longer than 6, whatever the mod
 
 from __future__ import annotations
 
+from abc import abstractmethod
 from collections.abc import Sequence
 from dataclasses import replace
 
@@ -56,13 +57,13 @@ class Soft(Beside):
         self.tensors = [tensor.to(model.device).requires_grad_() for tensor in self.start(every / self.unit)]
         self.write()
 
+    @abstractmethod
     def start(self, every: torch.Tensor) -> list[torch.Tensor]:
         """The tensors before training, given all embeddings (vocabulary, d) in our units."""
-        raise NotImplementedError
 
+    @abstractmethod
     def act(self, embedded: torch.Tensor) -> torch.Tensor:
         """What the first block receives, from what it would have received (b, length, d), in our units, fp32."""
-        raise NotImplementedError
 
     @property
     def bounded(self) -> list[torch.Tensor]:

@@ -49,7 +49,8 @@ class Objective:
     needs_reference: ClassVar[bool] = False
 
     def loss(self, logits: torch.Tensor, targets: Targets) -> torch.Tensor:
-        raise NotImplementedError
+        """What is minimised on forget prompts, from the last position's logits (b, vocabulary). RMU acts on hidden states and has none."""
+        raise NotImplementedError(f"{type(self).__name__} has no loss on logits")
 
 
 @dataclass(frozen=True)

@@ -16,6 +16,7 @@ within `with trained:`, which leaves the model as it found it.
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from typing import Self
@@ -42,15 +43,15 @@ def at_rest(model: Model) -> Iterator[None]:
             parameter.requires_grad_(True)
 
 
-class Beside:
+class Beside(ABC):
     """Tensors that are no part of the model, and act on it by the hooks of `register` while the `with` block lasts."""
 
     model: Model
     tensors: list[torch.Tensor]
 
+    @abstractmethod
     def register(self) -> list[RemovableHandle]:
         """The hooks, in place."""
-        raise NotImplementedError
 
     def __enter__(self) -> Self:
         with ExitStack() as stack:
