@@ -253,6 +253,8 @@ def export(model, tokenizer, folder: Path, recipe: Recipe, log: list[dict]) -> N
     """Save bf16 weights, tokenizer, recipe and curve; drop the checkpoint."""
     model.to(torch.bfloat16).save_pretrained(folder)
     tokenizer.save_pretrained(folder)
+    vocabulary = folder / "tokenizer.json"
+    vocabulary.write_text(json.dumps(json.loads(vocabulary.read_text()), ensure_ascii=False, separators=(",", ":")) + "\n")  # unindented: half the size
     (folder / "recipe.json").write_text(json.dumps(asdict(recipe), indent=1) + "\n")
     with open(folder / "curve.csv", "w", newline="") as file:
         writer = csv.DictWriter(file, list(log[0]), lineterminator="\n")
