@@ -146,3 +146,29 @@ def test_an_attack_that_these_facts_do_not_allow_is_left_out():
     assert set(rows["attack"]) == {"none"} and "baseball" in rows.attrs["left_out"]["probe"]
     with pytest.warns(UserWarning), pytest.raises(attacks.AttackError, match="none could be made"):
         attacks.run(cases.known(), None, whole, "quick", only=["probe"])
+
+
+@pytest.mark.parametrize("name", attacks.ATTACKS)
+def test_fewer_facts_are_read_but_no_fewer_trained_on(name):
+    """`n_forget` takes as many facts of either half, and leaves their readings as they are among all."""
+    given, keys = cases.a_split(), ["attack", "setting", "control", "group", "subject", "relation", "format"]
+    whole, some = call(name), call(name, n_forget=6)
+    test = {f.subject for f in given.attack_test}
+    read = {group: set(part["subject"]) for group, part in some[some["control"] == ""].groupby("group")}
+    if "shown" in read:
+        assert len(read["forget"]) == len(read["shown"]) == 3 and read["forget"] <= test and not read["shown"] & test
+    else:
+        assert len(read["forget"] & test) == 3 and (len(read["forget"]) == 3 if name == "relearn text" else len(read["forget"]) == 6)
+    if name == "patch":  # other names stand in for fewer facts
+        whole, some = whole[whole["control"] == ""], some[some["control"] == ""]
+    whole, some = whole.set_index(keys), some.set_index(keys)
+    assert len(some) < len(whole)
+    pd.testing.assert_frame_equal(whole.loc[some.index, ["prob_true", "prob_edit"]], some[["prob_true", "prob_edit"]], atol=1e-4, rtol=0)
+
+
+def test_profiles_read_a_part_of_a_long_forget_set(monkeypatch):
+    """Of as many facts as before nothing changes; of more, `READ` are asked, in `full` all."""
+    monkeypatch.setattr(attacks, "READ", {"quick": 4, "standard": 64, "full": None})
+    n = {profile: attacks.run(cases.known(), cases.edit(), cases.a_split(), profile, only=["none"])
+         .query("group == 'forget' and format == 'one_shot'")["subject"].nunique() for profile in attacks.PROFILES}
+    assert n == {"quick": 4, "standard": cases.N_FORGET, "full": cases.N_FORGET}

@@ -15,6 +15,8 @@ The convention, the same for every attack:
   the format), `control` (empty, or what this row controls for), then the attack's own columns.
 - **Groups**: `forget` holds facts that the attack was not trained on; `shown` those that it was; `retain` facts that
   neither edit nor attack trained on, to tell recovery from a wrecked model.
+- **Of long forget sets a part is read**: `n_retain` and `n_forget` say how many facts of the groups are asked, a fixed draw; None
+  is all. Attacks that train still train on the whole of `attack_train`.
 - Same seed, same rows.
 """
 
@@ -41,11 +43,12 @@ from helpers.prompts import ORDERS
 from helpers.splits import Split
 from helpers.unlearning.edit import Edit
 
-__all__ = ["ACCESS", "ATTACKS", "PROFILES", "Attack", "AttackError", "by_access", "by_setting", "curves", "depth_score", "dose_response",
+__all__ = ["ACCESS", "ATTACKS", "PROFILES", "READ", "Attack", "AttackError", "by_access", "by_setting", "curves", "depth_score", "dose_response",
            "gains", "gate", "guessing", "interpolate", "majority", "noise", "patch", "probe", "prompt", "prune", "quantise", "questions",
            "relearn", "relearn_text", "run", "soft_prompt", "summarise", "swapped", "undo", "untouched", "upper_layers", "worst_case"]
 
 PROFILES = ("quick", "standard", "full")
+READ = {"quick": 64, "standard": 64, "full": None}  # forgotten facts that an attack is read on, at most
 
 
 @dataclass(frozen=True)
@@ -113,7 +116,7 @@ def run(model: Model, edit: Edit | None, split: Split, profile: str = "standard"
     tables, left_out = [], {}
     for name, call, options in chosen:
         try:
-            table = call(model, edit, split, **_completed(name, options, split, texts, counts), seed=seed)
+            table = call(model, edit, split, **_completed(name, options, split, texts, counts, READ[profile]), seed=seed)
         except AttackError as error:
             left_out[name] = str(error)
             warnings.warn(f"attack {name} left out: {error}", stacklevel=2)
@@ -128,9 +131,10 @@ def run(model: Model, edit: Edit | None, split: Split, profile: str = "standard"
     return rows
 
 
-def _completed(name: str, options: dict, split: Split, texts: Sequence[str] | None, counts: Mapping[str, bool] | None) -> dict:
+def _completed(name: str, options: dict, split: Split, texts: Sequence[str] | None, counts: Mapping[str, bool] | None,
+               n_forget: int | None) -> dict:
     """The options with what these facts allow, and what was passed to `run`."""
-    given = {"prompt": {"counts": counts}}.get(name, {"texts": texts} if name.startswith("relearn") else {})
+    given = {"prompt": {"counts": counts}}.get(name, {"texts": texts} if name.startswith("relearn") else {}) | {"n_forget": n_forget}
     if "shown" in options:
         given["shown"] = [n for n in options["shown"] if n is None or n < len(split.attack_train)]
     if "asked" in options:

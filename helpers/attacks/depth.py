@@ -20,7 +20,7 @@ import torch
 
 from helpers import metrics
 from helpers.attacks.invented import CONTROL, invent_names
-from helpers.attacks.rows import FACT, AttackError, tidy, with_readings
+from helpers.attacks.rows import FACT, AttackError, forgotten, tidy, with_readings
 from helpers.chunks import over_prompts
 from helpers.facts import Facts
 from helpers.interventions import Intervention
@@ -39,7 +39,7 @@ THRESHOLD = 0.05  # nats; the published choice of layers that encode the fact
 
 
 def patch(model: Model, edit: Edit, split: Split, *, format: str = "one_shot", positions: Sequence[str] = POSITIONS,
-          directions: Sequence[str] = ("restore", "erase", "reference"), reference: Model | None = None, seed: int = 0,
+          directions: Sequence[str] = ("restore", "erase", "reference"), reference: Model | None = None, n_forget: int | None = None, seed: int = 0,
           batch_size: int = 64) -> pd.DataFrame:
     """Attack `patch`: one setting a direction, position and layer (0 = embeddings, ℓ + 1 = after block ℓ), on the forget set.
 
@@ -54,11 +54,12 @@ def patch(model: Model, edit: Edit, split: Split, *, format: str = "one_shot", p
     unknown = sorted(set(directions) - {"restore", "erase", "reference"})
     if unknown:
         raise AttackError(f"patching: directions {unknown}; there are restore, erase and reference")
-    asked = questions(model, split.forget, split, format)
+    facts = forgotten(split, n_forget)
+    asked = questions(model, facts, split, format)
     if reference is not None and (reference.n_layers, reference.d_model) != (model.n_layers, model.d_model):
         raise AttackError(f"patching: the reference {reference.name!r} has {reference.n_layers} layers of width "
                           f"{reference.d_model}, {model.name!r} has {model.n_layers} of {model.d_model}")
-    names = _stand_ins(model, split, format, asked, seed) if reference is None and "reference" in directions else asked
+    names = _stand_ins(model, split, facts, format, asked, seed) if reference is None and "reference" in directions else asked
     others = model if reference is None else reference
 
     def work(rows: torch.Tensor) -> pd.DataFrame:
@@ -67,13 +68,13 @@ def patch(model: Model, edit: Edit, split: Split, *, format: str = "one_shot", p
         with edit.applied(model):
             edited = Run(model, batch)
             if "restore" in directions:
-                tables += _patched("restore", edited, original, part, split.forget, positions)
+                tables += _patched("restore", edited, original, part, facts, positions)
         if "erase" in directions:
-            tables += _patched("erase", original, edited, part, split.forget, positions)
+            tables += _patched("erase", original, edited, part, facts, positions)
         if "reference" in directions:
             absent = Run(others, flush_right(names[rows]))
             control = CONTROL if reference is None else ABSENT
-            tables += _patched("reference", original, absent, part, split.forget, positions, control)
+            tables += _patched("reference", original, absent, part, facts, positions, control)
         return pd.concat(tables)
 
     table = pd.concat(over_prompts(work, model, asked, batch_size))
@@ -120,11 +121,11 @@ def _patched(direction: str, base: Run, source: Run, prompts: PromptSet, facts: 
                        position=position, layer=layer, logp_true=after.numpy(), logp_base=before.numpy())
 
 
-def _stand_ins(model: Model, split: Split, format: str, asked: PromptSet, seed: int) -> PromptSet:
+def _stand_ins(model: Model, split: Split, facts: Facts, format: str, asked: PromptSet, seed: int) -> PromptSet:
     """The same prompts about invented names, token for token alike but for the name."""
-    names = invent_names(split.forget, (*split.retain_train, *split.retain_test), model.tokenizer, seed)
-    facts = Facts(tuple(replace(fact, subject=name) for fact, name in zip(split.forget, names)))
-    prompts = questions(model, facts, split, format)
+    others = [*(fact for fact in split.forget if fact not in facts), *split.retain_train, *split.retain_test]
+    names = invent_names(facts, others, model.tokenizer, seed)
+    prompts = questions(model, Facts(tuple(replace(fact, subject=name) for fact, name in zip(facts, names))), split, format)
     one, other = Batch.of(asked), Batch.of(prompts)
     if not (torch.equal(one.mask, other.mask) and torch.equal(one.subject, other.subject)):
         raise AttackError("patching: within these prompts the invented names are not as many tokens as the subjects; "

@@ -14,7 +14,7 @@ import pandas as pd
 import torch
 
 from helpers import metrics
-from helpers.attacks.rows import READINGS, AttackError, applied, kept, tidy, with_readings
+from helpers.attacks.rows import READINGS, AttackError, applied, asked_of, tidy, with_readings
 from helpers.chunks import over_prompts
 from helpers.facts import Facts
 from helpers.localization import probes as linear
@@ -32,7 +32,7 @@ SHUFFLED = "shuffled labels"
 
 
 def probe(model: Model, edit: Edit | None, split: Split, *, format: str = "one_shot", positions: Sequence[str] = POSITIONS,
-          n_train: int | None = None, n_retain: int = 100, penalty: float = 1.0, lens: bool = True, seed: int = 0,
+          n_train: int | None = None, n_retain: int = 100, n_forget: int | None = None, penalty: float = 1.0, lens: bool = True, seed: int = 0,
           batch_size: int = 64) -> pd.DataFrame:
     """Attacks `probe` and `logit lens`, one setting a position and layer.
 
@@ -45,7 +45,7 @@ def probe(model: Model, edit: Edit | None, split: Split, *, format: str = "one_s
     Raises `AttackError` where no probe can be trained: too few retain facts, one class only, or no class for any true
     answer. Facts that cannot be probed while others can are left out, with a warning.
     """
-    groups = {"forget": split.forget, "retain": kept(split, n_retain)}
+    groups = asked_of(split, n_retain, n_forget)
     lessons = {relation: _lessons(split, relation, n_train) for relation in dict.fromkeys(f.relation.name for f in split.forget)}
     lessons, pupils = _teachable(lessons, groups)
     training = Facts(tuple(f for facts in lessons.values() for f in facts))

@@ -13,7 +13,7 @@ from dataclasses import replace
 import pandas as pd
 
 from helpers import metrics, survey
-from helpers.attacks.rows import FACT, AttackError, applied, kept, pool, tidy, with_readings
+from helpers.attacks.rows import FACT, AttackError, applied, asked_of, pool, tidy, with_readings
 from helpers.facts import Facts
 from helpers.models import Model
 from helpers.progress import progress
@@ -55,7 +55,7 @@ def gate(model: Model, split: Split, asked: Sequence[Question] | Sequence[str] |
 
 def prompt(model: Model, edit: Edit | None, split: Split, *, asked: Sequence[Question] | Sequence[str] | None = None,
            orders: Sequence[int] = LATIN_SQUARE, counts: Mapping[str, bool] | None = None, n_retain: int = 100,
-           n_neighbors: int = 2, seed: int = 0) -> pd.DataFrame:
+           n_forget: int | None = None, n_neighbors: int = 2, seed: int = 0) -> pd.DataFrame:
     """Put the facts to the edited model in every format: attack `prompt`, one setting a format.
 
     `asked` are questions or labels of `questions`, None for all. Groups `forget`, `retain` and, for the format
@@ -65,7 +65,7 @@ def prompt(model: Model, edit: Edit | None, split: Split, *, asked: Sequence[Que
     """
     asked = _chosen(split, asked)
     counts = gate(model, split, asked, orders) if counts is None else counts
-    groups = {"forget": split.forget, "retain": kept(split, n_retain)}
+    groups = asked_of(split, n_retain, n_forget)
     with applied(model, edit):
         rows, refused = _ask_all(model, split, groups, asked, orders, n_neighbors)
     parts = rows.groupby("question", sort=False)
@@ -93,7 +93,7 @@ def _ask_all(model: Model, split: Split, groups: Mapping[str, Facts], asked: Seq
         tables.append(with_readings(rows, facts).assign(group=group))
         refused |= why
     others = Facts((*split.retain_train, *split.retain_test))
-    near = split.forget.where(lambda f: len(neighbors(f, others, 1)) > 0)
+    near = groups["forget"].where(lambda f: len(neighbors(f, others, 1)) > 0)
     if len(near) and n_neighbors:
         rows = with_readings(metrics.ask(model, near, "neighborhood", pool=others, n=n_neighbors), near)
         rows = rows.groupby([*FACT, "format"], sort=False, as_index=False).mean(numeric_only=True)

@@ -23,7 +23,7 @@ from scipy.stats import ttest_ind
 
 from helpers.attacks.depth import ABSENT
 from helpers.attacks.invented import CONTROL, invented_split
-from helpers.attacks.rows import AttackError, applied, check_halves, check_trainable, kept, read, tidy
+from helpers.attacks.rows import AttackError, applied, asked_after, check_halves, check_trainable, read, tidy
 from helpers.facts import Facts
 from helpers.models import Model
 from helpers.prompts import LATIN_SQUARE
@@ -43,7 +43,7 @@ DOSE = ["attack", "control", "group", "format", "shown", "rate", "step", "steps"
 def relearn(model: Model, edit: Edit | None, split: Split, *, how: str = "lora", rates: Sequence[float] = (2e-4,),
             shown: Sequence[int | None] = (None,), steps: Sequence[int] = (0, 10, 20), settings: Settings = PUBLISHED,
             rank: int | None = None, texts: Sequence[str] | None = None, formats: Sequence[str] = ("one_shot", "mcq"),
-            orders: Sequence[int] = LATIN_SQUARE, n_retain: int = 100, invented: bool = False, seed: int = 0) -> pd.DataFrame:
+            orders: Sequence[int] = LATIN_SQUARE, n_retain: int = 100, n_forget: int | None = None, invented: bool = False, seed: int = 0) -> pd.DataFrame:
     """Attack `relearn lora` or `relearn full`: one training a rate and number of facts shown, read after each of `steps`.
 
     Args:
@@ -74,7 +74,7 @@ def relearn(model: Model, edit: Edit | None, split: Split, *, how: str = "lora",
                 label = f"{'all' if n is None else n} facts, lr {rate:g}"
                 terms = ("forget", "retain", "text") if len(facts) else ("retain", "text")
                 table = _curve(model, edit, given, facts, terms, how, replace(settings, learning_rate=rate), steps, rank, texts,
-                               seed, partial(read, model, given, formats=formats, orders=orders), n_retain)
+                               seed, partial(read, model, given, formats=formats, orders=orders), n_retain, n_forget)
                 tables += _named(table, f"relearn {how}", label, max(steps), control, dose)
     return pd.concat(tables, ignore_index=True)
 
@@ -82,14 +82,14 @@ def relearn(model: Model, edit: Edit | None, split: Split, *, how: str = "lora",
 def relearn_text(model: Model, edit: Edit | None, split: Split, *, how: str = "full", rates: Sequence[float] = (2e-4,),
                  steps: Sequence[int] = (0, 10, 20), settings: Settings = PUBLISHED, rank: int | None = None,
                  texts: Sequence[str] | None = None, formats: Sequence[str] = ("one_shot", "mcq"),
-                 orders: Sequence[int] = LATIN_SQUARE, n_retain: int = 100, seed: int = 0) -> pd.DataFrame:
+                 orders: Sequence[int] = LATIN_SQUARE, n_retain: int = 100, n_forget: int | None = None, seed: int = 0) -> pd.DataFrame:
     """Attack `relearn text`: training on unrelated text alone, with no fact at all. Otherwise as `relearn`; no group `shown`."""
     check_trainable(model, "relearn text")
     check_halves(split)
     tables = []
     for rate in rates:
         table = _curve(model, edit, split, split.attack_train[:0], ("text",), how, replace(settings, learning_rate=rate), steps,
-                       rank, texts, seed, partial(read, model, split, formats=formats, orders=orders), n_retain)
+                       rank, texts, seed, partial(read, model, split, formats=formats, orders=orders), n_retain, n_forget)
         tables += _named(table, "relearn text", f"{how}, lr {rate:g}", max(steps), "", {"how": how, "shown": 0, "rate": rate})
     return pd.concat(tables, ignore_index=True)
 
@@ -151,13 +151,14 @@ def gains(rows: pd.DataFrame, by: Sequence[str] = ("mask", "dose"), control: str
 
 def _curve(model: Model, edit: Edit | None, split: Split, facts: Facts, terms: tuple[str, ...], how: str, settings: Settings,
            steps: Sequence[int], rank: int | None, texts: Sequence[str] | None, seed: int,
-           reading: Callable[[dict[str, Facts]], pd.DataFrame], n_retain: int) -> pd.DataFrame:
+           reading: Callable[[dict[str, Facts]], pd.DataFrame], n_retain: int,
+           n_forget: int | None) -> pd.DataFrame:
     """One training from the edited model, read after each of the steps."""
     if how not in HOW:
         raise AttackError(f"relearning: how={how!r}; there are {', '.join(HOW)}")
     if not steps or min(steps) < 0:
         raise AttackError(f"relearning: steps {tuple(steps)}; give the numbers of steps after which to read, 0 or more")
-    groups = {"forget": split.attack_test, "shown": facts, "retain": kept(split, n_retain)}
+    groups = asked_after(split, facts, n_retain, n_forget)
     tables = []
 
     def watch(step: int) -> dict[str, float]:

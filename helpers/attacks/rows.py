@@ -80,17 +80,42 @@ def pool(format: str, facts: Facts) -> dict[str, Facts]:
     return {"pool": facts} if "pool" in inspect.signature(FORMATS.get(format, len)).parameters else {}
 
 
+def few(facts: Facts, n: int | None) -> Facts:
+    """A fixed draw of n of the facts, in file order; all of them where there are no more, or for None."""
+    n = len(facts) if n is None else min(n, len(facts))
+    return facts[sorted(random.Random("kept").sample(range(len(facts)), n))]
+
+
 def kept(split: Split, n: int) -> Facts:
     """A fixed draw of n retain facts that no training sees (of the trained ones where there are no others)."""
-    facts = split.retain_test if len(split.retain_test) else split.retain_train
-    return facts[sorted(random.Random("kept").sample(range(len(facts)), min(n, len(facts))))]
+    return few(split.retain_test if len(split.retain_test) else split.retain_train, n)
+
+
+def forgotten(split: Split, n: int | None) -> Facts:
+    """A fixed draw of n of the facts to forget, as many of either half; all of them for None."""
+    if n is None:
+        return split.forget
+    chosen = {fact.key for half in (split.attack_train, split.attack_test) for fact in few(half, n // 2)}
+    return split.forget.where(lambda fact: fact.key in chosen)
+
+
+def asked_of(split: Split, n_retain: int, n_forget: int | None) -> dict[str, Facts]:
+    """Group → facts that are read after an attack that trains on none of them."""
+    return {"forget": forgotten(split, n_forget), "retain": kept(split, n_retain)}
+
+
+def asked_after(split: Split, shown: Facts, n_retain: int, n_forget: int | None) -> dict[str, Facts]:
+    """Group → facts that are read after an attack was trained on `shown`: of the two halves at most `n_forget` together."""
+    half = n_forget and n_forget // 2
+    return {"forget": few(split.attack_test, half), "shown": few(shown, half), "retain": kept(split, n_retain)}
 
 
 def untouched(model: Model, edit: Edit | None, split: Split, *, formats: Sequence[str] = ("one_shot", "mcq"),
-              orders: Sequence[int] = LATIN_SQUARE, n_retain: int = 100, batch_size: int = 256, seed: int = 0) -> pd.DataFrame:
+              orders: Sequence[int] = LATIN_SQUARE, n_retain: int = 100, n_forget: int | None = None, batch_size: int = 256,
+              seed: int = 0) -> pd.DataFrame:
     """No attack: the edited model's own answers, with which every attack is compared."""
     with applied(model, edit):
-        table = read(model, split, {"forget": split.forget, "retain": kept(split, n_retain)}, formats, orders, batch_size)
+        table = read(model, split, asked_of(split, n_retain, n_forget), formats, orders, batch_size)
     return pd.concat([tidy(part, "none", str(format)) for format, part in table.groupby("format", sort=False)], ignore_index=True)
 
 

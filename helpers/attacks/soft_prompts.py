@@ -23,7 +23,7 @@ import torch
 from torch.utils.hooks import RemovableHandle
 
 from helpers import metrics
-from helpers.attacks.rows import AttackError, applied, check_halves, check_trainable, kept, tidy, with_readings
+from helpers.attacks.rows import AttackError, applied, asked_after, check_halves, check_trainable, tidy, with_readings
 from helpers.facts import Facts
 from helpers.models import Model
 from helpers.prompts import PromptSet
@@ -124,7 +124,7 @@ KINDS = {"prompt": Prepended, "attention": Attention}
 
 def soft_prompt(model: Model, edit: Edit | None, split: Split, *, kind: str = "prompt", size: int = 10, restarts: int = 1,
                 steps: Sequence[int] = (0, 60), settings: Settings = SETTINGS, limit: float = 1.0, n_retain: int = 100,
-                seed: int = 0) -> pd.DataFrame:
+                n_forget: int | None = None, seed: int = 0) -> pd.DataFrame:
     """Attack `soft prompt` or `soft attention`: one setting a restart and number of steps.
 
     `settings` decides about learning rate, batch, `retain_weight` (0 trains without the second term) and `format`, on which the
@@ -137,7 +137,7 @@ def soft_prompt(model: Model, edit: Edit | None, split: Split, *, kind: str = "p
         raise AttackError(f"soft prompt: steps {tuple(steps)}, {restarts} restarts; one of each is needed")
     check_trainable(model, f"soft {kind}")
     check_halves(split)
-    groups = {"forget": split.attack_test, "shown": split.attack_train, "retain": kept(split, n_retain)}
+    groups = asked_after(split, split.attack_train, n_retain, n_forget)
     settings = replace(settings, steps=max(1, *steps), cache=False)
     tables = []
     with applied(model, edit):
@@ -168,10 +168,10 @@ def _train(model: Model, soft: Soft, split: Split, groups: dict[str, Facts], set
         return insert(prompts, soft.size, soft.column)
 
     asked, found, terms = {name: ready(facts) for name, facts in groups.items()}, [], []
-    lessons = {"forget": (1.0, asked["shown"]), "retain": (settings.retain_weight, None)}
-    for name, (weight, prompts) in lessons.items():
+    lessons = {"forget": (1.0, split.attack_train), "retain": (settings.retain_weight, split.retain_train)}
+    for name, (weight, facts) in lessons.items():
         if weight:
-            prompts = ready(split.retain_train) if prompts is None else prompts
+            prompts = ready(facts)
             targets = Targets(prompts.answer_ids, prompts.edit_ids)
             drawn = draws(len(prompts), settings.batch, settings.steps, seed, name)
             terms.append(answer_term(model, name, weight, prompts, Relearn(), targets, drawn))

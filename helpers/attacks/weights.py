@@ -20,7 +20,7 @@ import pandas as pd
 import torch
 from scipy.stats import norm
 
-from helpers.attacks.rows import AttackError, applied, check_trainable, kept, read, tidy
+from helpers.attacks.rows import AttackError, applied, asked_of, check_trainable, read, tidy
 from helpers.masks import Mask, from_weights
 from helpers.models import Model
 from helpers.progress import progress
@@ -146,9 +146,9 @@ def smallest_dropped(weight: torch.Tensor, share: float) -> torch.Tensor:
 
 def _attack(model: Model, edit: Edit | None, split: Split, attack: str, changes: Sequence[tuple[str, dict, Change]],
             mask: Mask | None = None, *, formats: Sequence[str] = ("one_shot", "mcq"), orders: Sequence[int] = LATIN_SQUARE,
-            n_retain: int = 100, batch_size: int = 256) -> pd.DataFrame:
+            n_retain: int = 100, n_forget: int | None = None, batch_size: int = 256) -> pd.DataFrame:
     check_trainable(model, attack)
-    groups, tables = {"forget": split.forget, "retain": kept(split, n_retain)}, []
+    groups, tables = asked_of(split, n_retain, n_forget), []
     with applied(model, edit):
         for setting, extra, change in progress(changes, attack, len(changes)):
             with changed(model, mask or everything(model), change, attack):
