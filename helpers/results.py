@@ -188,7 +188,8 @@ def of_attacks(rows: pd.DataFrame, split: Split, **where) -> pd.DataFrame:
     tables = [part.assign(attack=_names(part)) for part in _melt(read[~inside])]
     tables = [part[(part["measure"].str.endswith(" top1")) | ~part["attack"].str.split(":").str[0].isin(BRIEF)] for part in tables]
     tables += [_probed(read), _probed_by_layer(read), _patched(read), _worst(rows, split)]
-    return _tidy(pd.concat([table for table in tables if len(table)]), **where)
+    tables = [table for table in tables if len(table)]
+    return _tidy(pd.concat(tables), **where) if tables else pd.DataFrame(columns=COLUMNS)
 
 
 def _melt(rows: pd.DataFrame) -> list[pd.DataFrame]:

@@ -225,7 +225,7 @@ class Run:
         batch = pd.DataFrame(rows).assign(**columns)
         batch = batch.assign(**{name: value for name, value in own.items() if name not in batch})
         batch = batch[[*own, *(name for name in batch if name not in own)]]
-        if any(batch.equals(known) for known in batches):
+        if batch.empty or any(batch.equals(known) for known in batches):
             return batches
         table = pd.concat([*batches, batch], ignore_index=True)
         provenance.write_atomic(self.folder / file, lambda path: table.to_parquet(path, index=False))

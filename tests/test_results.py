@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import attacks_cases as cases
 import numpy as np
 import pandas as pd
@@ -156,6 +158,15 @@ def test_drift_compares_means_of_the_same_edits_only(evaluated):
     assert table["difference"].to_numpy() == pytest.approx(0.1)
     for other in ({"seed": 4}, {"layers": "1"}, {"model": "tiny-y"}, {"method": "LoRA"}, {"facts": "world first-16"}, {"localization": "none"}):
         assert results.drift(made, moved.assign(**other)).empty
+
+
+def test_rows_without_an_attack_give_an_empty_table(attacked):
+    """As of an unedited model where every fact has one answer: nothing teaches a probe that answer, and there is no worst case."""
+    given, rows = cases.a_split(), attacked[attacked["attack"] == "none"]
+    answer = given.forget[0].answer
+    given = replace(given, forget=given.forget.where(lambda fact: fact.answer == answer))
+    found = results.of_attacks(rows[rows["answer"] == answer], given, seed=0, **WHERE)
+    assert found.empty and list(found) == results.COLUMNS
 
 
 def test_a_fact_has_one_value_a_measure(evaluated, attacked):
