@@ -118,6 +118,21 @@ def test_figures(folder):
     assert {"asking", "weights", "relearning", "probes", "worst", "seeds"} <= {path.stem for path in (folder / "figures").glob("*.png")}
 
 
+def test_all_facts_with_one_answer(tmp_path):
+    """Edited on one half and read on the other; no probe knows the answer, and no worst case can be told from always saying it."""
+    few = pd.read_csv(DATA / "athletes.csv", keep_default_na=False)
+    few[few["role"] == ""].groupby("answer").head(24).to_csv(tmp_path / "few.csv", index=False)
+    folder = cases.executed("06_attacks", tmp_path, facts=str(tmp_path / "few.csv"), forget="answer-basketball", to="golf", masks="lookup")
+    rows, stored = (pd.read_parquet(folder / f"{name}.parquet") for name in ("rows", "results"))
+    attacked = rows[(rows["measure"] == "attack") & (rows["control"] == "") & (rows["mask"] == "lookup")]
+    assert {"prompt", "relearn lora", "patch"} <= set(attacked["attack"]) and not {"probe", "worst"} & set(stored["attack"])
+    assert set(attacked.loc[attacked["group"] == "forget", "edit"]) == {"golf"} and set(stored["n"]) == {12}
+    unseen = set(attacked.loc[(attacked["attack"] == "relearn lora") & (attacked["group"] == "forget"), "subject"])
+    measured = stored[(stored["attack"] == "none") & (stored["measure"] == "forget top1")]["fact"].str.split(" | ", regex=False).str[0]
+    assert len(unseen) == 12 and set(measured) == unseen
+    assert not rows["measure"].isin(["worst case", "verdict"]).any()
+
+
 @pytest.mark.parametrize("given, said", [({"method": "prune"}, "there are finetune, unlearn, sequential"), ({"masks": "luckup"}, "there are lookup")])
 def test_wrong_names_stop_with_those_there_are(given, said, tmp_path):
     assert said in cases.refused("06_attacks", tmp_path, **given)
