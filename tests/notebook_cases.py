@@ -5,7 +5,10 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+import pandas as pd
+
 from helpers import notebooks, parameters, runs
+from helpers.facts import DATA
 from helpers.provenance import project_root
 
 FOLDER = project_root() / "notebooks"
@@ -26,6 +29,12 @@ def refused(name: str, out: Path, **given) -> str:
     error = notebooks.run([FOLDER / f"{name}.ipynb"], {"profile": "quick", "out": str(out), **given}, out)[0].error
     assert error, f"{name} ran with {given}"
     return error
+
+
+def few_athletes(path: Path, n: int = 24) -> str:
+    """A file of the first n athletes of each sport, and of the golfers who serve as examples."""
+    pd.read_csv(DATA / "athletes.csv", keep_default_na=False).groupby("answer").head(n).to_csv(path, index=False)
+    return str(path)
 
 
 def checks(folder: Path) -> dict[str, dict]:

@@ -120,9 +120,8 @@ def test_figures(folder):
 
 def test_all_facts_with_one_answer(tmp_path):
     """Edited on one half and read on the other; no probe knows the answer, and no worst case can be told from always saying it."""
-    few = pd.read_csv(DATA / "athletes.csv", keep_default_na=False)
-    few[few["role"] == ""].groupby("answer").head(24).to_csv(tmp_path / "few.csv", index=False)
-    folder = cases.executed("06_attacks", tmp_path, facts=str(tmp_path / "few.csv"), forget="answer-basketball", to="golf", masks="lookup")
+    facts = cases.few_athletes(tmp_path / "few.csv")
+    folder = cases.executed("06_attacks", tmp_path, facts=facts, forget="answer-basketball", to="golf", masks="lookup")
     rows, stored = (pd.read_parquet(folder / f"{name}.parquet") for name in ("rows", "results"))
     attacked = rows[(rows["measure"] == "attack") & (rows["control"] == "") & (rows["mask"] == "lookup")]
     assert {"prompt", "relearn lora", "patch"} <= set(attacked["attack"]) and not {"probe", "worst"} & set(stored["attack"])

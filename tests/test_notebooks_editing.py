@@ -46,6 +46,15 @@ def test_editing_other_facts_with_masks_of_ones_own(tmp_path):
     assert set(found["facts"]) == {"world first-8"} and set(found.loc[found["localization"] == "MLP 0-1", "layers"]) == {"0 1"}
 
 
+def test_editing_all_facts_with_one_answer(tmp_path):
+    """One half is trained on and the other read, as notebooks 05 and 06 do, so that rows of all three may stand side by side."""
+    facts = cases.few_athletes(tmp_path / "few.csv")
+    rows, found, _ = execute("04_localized_editing", tmp_path, facts=facts, forget="answer-basketball", masks="everything", lookup="0")
+    assert well_formed(found) and set(found["n"]) == {12} and set(found["facts"]) == {"few answer-basketball"}
+    assert found.loc[found["measure"] == "forget top1"].groupby("localization")["fact"].nunique().eq(12).all()
+    assert means(found)["everything", "finetune", "edit top1"] >= 0.5  # of athletes that training never saw
+
+
 def test_unlearning(tmp_path):
     rows, found, checks = execute("05_localized_unlearning", tmp_path, trials=2)  # made here, although some are stored
     assert well_formed(found)
