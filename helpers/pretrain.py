@@ -253,8 +253,9 @@ def export(model, tokenizer, folder: Path, recipe: Recipe, log: list[dict]) -> N
     """Save bf16 weights, tokenizer, recipe and curve; drop the checkpoint."""
     model.to(torch.bfloat16).save_pretrained(folder)
     tokenizer.save_pretrained(folder)
-    vocabulary = folder / "tokenizer.json"
-    vocabulary.write_text(json.dumps(json.loads(vocabulary.read_text()), ensure_ascii=False, separators=(",", ":")) + "\n")  # unindented: half the size
+    written = folder / "tokenizer.json"
+    content = json.loads(written.read_text(encoding="utf-8"))
+    written.write_text(json.dumps(content, ensure_ascii=False, separators=(",", ":")) + "\n", encoding="utf-8")  # unindented: half the size
     (folder / "recipe.json").write_text(json.dumps(asdict(recipe), indent=1) + "\n")
     with open(folder / "curve.csv", "w", newline="") as file:
         writer = csv.DictWriter(file, list(log[0]), lineterminator="\n")

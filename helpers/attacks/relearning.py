@@ -151,8 +151,7 @@ def gains(rows: pd.DataFrame, by: Sequence[str] = ("mask", "dose"), control: str
 
 def _curve(model: Model, edit: Edit | None, split: Split, facts: Facts, terms: tuple[str, ...], how: str, settings: Settings,
            steps: Sequence[int], rank: int | None, texts: Sequence[str] | None, seed: int,
-           reading: Callable[[dict[str, Facts]], pd.DataFrame], n_retain: int,
-           n_forget: int | None) -> pd.DataFrame:
+           reading: Callable[[dict[str, Facts]], pd.DataFrame], n_retain: int, n_forget: int | None) -> pd.DataFrame:
     """One training from the edited model, read after each of the steps."""
     if how not in HOW:
         raise AttackError(f"relearning: how={how!r}; there are {', '.join(HOW)}")
