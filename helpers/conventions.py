@@ -63,4 +63,5 @@ def _opening_problems(path: Path, code: list[nbformat.NotebookNode]) -> list[str
 
 def _texts(cell: nbformat.NotebookNode) -> list[str]:
     streams = [output.text for output in cell.outputs if output.output_type == "stream"]
-    return streams + [output.data.get("text/plain", "") for output in cell.outputs if "data" in output]
+    shown = [output.data for output in cell.outputs if "data" in output]
+    return streams + [data[kind] for data in shown for kind in ("text/plain", "text/html") if kind in data]

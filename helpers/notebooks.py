@@ -132,7 +132,7 @@ def run(notebooks: Sequence[Path], given: Mapping[str, Any], out: Path, *, jobs:
 
 
 def strip(notebook: nbformat.NotebookNode) -> nbformat.NotebookNode:
-    """Take out what changes from run to run (timings, versions, the injected cell); outputs stay."""
+    """Take out what changes from run to run (timings, versions, the injected cell), and tables' second copies; outputs stay."""
     notebook.cells = [cell for cell in notebook.cells if "injected-parameters" not in cell.metadata.get("tags", [])]
     notebook.metadata = nbformat.from_dict({"kernelspec": KERNELSPEC, "language_info": {"name": "python"}})
     code = [cell for cell in notebook.cells if cell.cell_type == "code"]
@@ -144,6 +144,8 @@ def strip(notebook: nbformat.NotebookNode) -> nbformat.NotebookNode:
         for output in cell.outputs:
             if output.output_type == "execute_result":
                 output.execution_count = count
+            if "text/html" in (data := output.get("data", {})):
+                data.pop("text/plain", None)  # the same table once more, a tenth of a notebook's bytes, that no viewer shows
     return notebook
 
 

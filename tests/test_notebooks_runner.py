@@ -154,7 +154,7 @@ def test_papermill_s_own_command_line_stops_at_a_misspelt_name(tmp_path):
 
 
 def test_write_back_keeps_outputs_and_strips_what_is_volatile(tmp_path):
-    path = write(tmp_path, "01_good", [GOOD[1], "1 + 1", "run.finish()"])
+    path = write(tmp_path, "01_good", [GOOD[1], "1 + 1", "run.finish()", "import pandas\npandas.DataFrame([7])"])
     given = {"profile": "standard", "out": str(tmp_path / "out"), "figures": str(tmp_path / "figures")}
     (outcome,) = notebooks.run([path], given, tmp_path / "out", write_back=True)
     assert outcome.error == ""
@@ -163,10 +163,11 @@ def test_write_back_keeps_outputs_and_strips_what_is_volatile(tmp_path):
     code = [cell for cell in notebook.cells if cell.cell_type == "code"]
     assert set(notebook.metadata) == {"kernelspec", "language_info"}
     assert notebook.metadata.language_info == {"name": "python"}
-    assert [dict(cell.metadata) for cell in code] == [{"tags": ["parameters"]}] + [{}] * 4
-    assert [cell.execution_count for cell in code] == [1, 2, 3, 4, 5]
+    assert [dict(cell.metadata) for cell in code] == [{"tags": ["parameters"]}] + [{}] * 5
+    assert [cell.execution_count for cell in code] == [1, 2, 3, 4, 5, 6]
     assert code[0].source == PARAMETERS
     assert code[3].outputs[0].data["text/plain"] == "2"
+    assert set(code[5].outputs[0].data) == {"text/html"}
     assert code[3].outputs[0].execution_count == 4
     shown = base64.b64decode(code[2].outputs[0].data["image/png"])
     assert shown == (tmp_path / "figures" / "01_good_line.png").read_bytes() and Image.open(io.BytesIO(shown)).mode == "P"
