@@ -113,7 +113,8 @@ def announce(model_name: str, dtype: torch.dtype, device: str, mask_names: Seque
              defaults: Settings = SMALL) -> list[memory.Estimate]:
     """Print what localization and edits will take, before a weight is loaded; of a model that is small anyway, nothing of that.
 
-    Before that, of any model, the masks that run with the defaults while others are tuned, and windows that go by lookup (`unequal`).
+    Before that, of any model, the masks that run with the defaults while others are tuned, windows that go by lookup, and settings
+    that come from searches of another extent (`unequal`).
 
     The masks are not found yet: lookup MLPs are taken to be about where they were published, and whatever is chosen under their budget
     has as many weights. Fine-tuning of `everything` or `all MLPs` is estimated where it is among the masks. `device`: as in
@@ -135,7 +136,7 @@ def announce(model_name: str, dtype: torch.dtype, device: str, mask_names: Seque
 
 
 def unequal(preset: str, model_name: str, task: str, mask_names: Sequence[str]) -> list[str]:
-    """How masks of one comparison differ in where their tuned settings come from, a line each; none where all are tuned, or all are not.
+    """How masks of one comparison differ in where their tuned settings come from, a line each; none where one search found all, or none.
 
     `windows` are not looked at: which there are is not known before fact lookup has chosen, and all of them may go by its settings.
     """
@@ -148,6 +149,12 @@ def unequal(preset: str, model_name: str, task: str, mask_names: Sequence[str]) 
         said += [f"nothing is tuned for {', '.join(plain)}: trained with the defaults, unlike {', '.join(n for n in places if n not in plain)}"]
     if borrowed := [name for name, place in places.items() if place == lookup and name != "lookup"]:
         said += [f"nothing is tuned for {', '.join(borrowed)}: trained with the settings of lookup"]
+    searches: dict[str, list[str]] = {}
+    for name, place in places.items():
+        if place is not None:
+            searches.setdefault(_search(place), []).append(name)
+    if len(searches) > 1:
+        said += ["tuned by searches that differ: " + "; ".join(f"{', '.join(names)} by {how}" for how, names in searches.items())]
     return said
 
 
@@ -283,6 +290,13 @@ def _tuned(place: Path, borrowed: bool) -> tuple[dict, str]:
         raise PresetError(f"{named} has {', '.join(sorted(unknown))}; fields are {', '.join(asdict(Settings()))}")
     said = "tuned here" + (f": best of {how['trials']} trials" if "trials" in how else "")
     return found, said + (", those of lookup" if borrowed else "")
+
+
+def _search(place: Path) -> str:
+    """The extent of the search behind a file of tuned settings."""
+    how = yaml.safe_load(place.read_text(encoding="utf-8")).get("provenance", {})
+    rates = " to ".join(f"{rate:g}" for rate in how.get("learning_rates", []))
+    return f"{how.get('trials', '?')} trials at rates {rates or 'that are not on record'}"
 
 
 def _read() -> dict:

@@ -291,3 +291,10 @@ def test_masks_that_run_with_defaults_beside_tuned_ones_are_named(tmp_path, caps
         "nothing is tuned for random, random MLPs: trained with the defaults, unlike lookup, all MLPs"]
     assert said("lookup", "MLP 0-1", "MLP 1-2") == ["nothing is tuned for MLP 0-1, MLP 1-2: trained with the settings of lookup"]
     assert [line.split(":")[0] for line in said("everything", "MLP 0-1")] == ["nothing is tuned for everything", "nothing is tuned for MLP 0-1"]
+    found = "learning_rate: 0.001\nprovenance: {trials: 12, learning_rates: [0.0002, 0.05]}"
+    for name in ("lookup", "all-MLPs"):
+        (folder / f"{name}.yaml").write_text(found)
+    assert said("lookup", "all MLPs") == []
+    (folder / "everything.yaml").write_text(found.replace("0.05", "0.02"))
+    assert said("lookup", "all MLPs", "everything") == ["tuned by searches that differ: lookup, all MLPs by 12 trials at rates "
+                                                        "0.0002 to 0.05; everything by 12 trials at rates 0.0002 to 0.02"]
