@@ -238,7 +238,7 @@ def _arguments() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m helpers.notebooks", description="Run and check the notebooks.")
     parser.add_argument("action", choices=["run", "regenerate", "check"])
     parser.add_argument("names", nargs="*", help="stems or numbers (default: all)")
-    parser.add_argument("--profile", default="quick", help="quick, standard or full (regenerate: always standard)")
+    parser.add_argument("--profile", default="quick", help="smoke, quick, standard or full (regenerate: always standard)")
     parser.add_argument("--out", type=Path, default=Path("runs"), help="executed copies, HTML, rows and figures")
     parser.add_argument("--jobs", type=int, default=1, help="notebooks side by side, which share the cores")
     parser.add_argument("--write-back", action="store_true", help="put the outputs into the notebooks themselves")

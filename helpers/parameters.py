@@ -52,7 +52,7 @@ class Parameters(BaseModel):
 
     model_config = ConfigDict(extra="forbid", strict=True, frozen=True, protected_namespaces=())
 
-    profile: Literal["quick", "standard", "full"]
+    profile: Literal["smoke", "quick", "standard", "full"]
     seed: Annotated[int, Field(ge=0)] = 0
     out: str = "runs"
     figures: str = ""

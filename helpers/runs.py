@@ -173,9 +173,9 @@ class Run:
         """All rows recorded so far."""
         return pd.concat(self._batches, ignore_index=True) if self._batches else pd.DataFrame()
 
-    def pick(self, *, quick: T, standard: T, full: T) -> T:
-        """The value that belongs to the run's profile."""
-        return {"quick": quick, "standard": standard, "full": full}[self.params.profile]
+    def pick(self, *, quick: T, standard: T, full: T, smoke: T | None = None) -> T:
+        """The value that belongs to the run's profile; in the smoke profile that of quick, where nothing else is given."""
+        return {"smoke": quick if smoke is None else smoke, "quick": quick, "standard": standard, "full": full}[self.params.profile]
 
     def seed_for(self, purpose: str) -> int:
         """A seed below 2**32 that depends on the run's seed and the purpose only, for NumPy and scikit-learn."""

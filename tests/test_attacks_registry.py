@@ -168,7 +168,7 @@ def test_fewer_facts_are_read_but_no_fewer_trained_on(name):
 
 def test_profiles_read_a_part_of_a_long_forget_set(monkeypatch):
     """Of as many facts as before nothing changes; of more, `READ` are asked, in `full` all."""
-    monkeypatch.setattr(attacks, "READ", {"quick": 4, "standard": 64, "full": None})
+    monkeypatch.setattr(attacks, "READ", {"smoke": 2, "quick": 4, "standard": 64, "full": None})
     n = {profile: attacks.run(cases.known(), cases.edit(), cases.a_split(), profile, only=["none"])
          .query("group == 'forget' and format == 'one_shot'")["subject"].nunique() for profile in attacks.PROFILES}
-    assert n == {"quick": 4, "standard": cases.N_FORGET, "full": cases.N_FORGET}
+    assert n == {"smoke": 2, "quick": 4, "standard": cases.N_FORGET, "full": cases.N_FORGET}

@@ -99,6 +99,20 @@ def test_a_fact_lookup_that_finds_nothing_is_an_error_that_says_what_to_do(every
         choose(cases.random_model(), everyone, split(everyone, "first-16"))
 
 
+def test_facts_whose_answers_hardly_repeat_are_looked_up_without_probes(everyone, monkeypatch):
+    """A probe wants several subjects an answer: rarer answers stay out of it, and where nearly all are rare patching decides."""
+    called, nothing = [], choices.fact_lookup.Lookup((), "a rule", None, (), (), {})
+    monkeypatch.setattr(choices.fact_lookup, "sports", lambda model, twins, asked, **k: called.append(len(asked)) or nothing)
+    monkeypatch.setattr(choices.fact_lookup, "counterfact", lambda *a, **k: called.append("patching") or nothing)
+    parts = cases.a_split()
+    place = {fact: i for answer in everyone.counts() for i, fact in enumerate(everyone.where(lambda f: f.answer == answer))}
+    first, last = everyone.counts().most_common(1)[0][0], everyone.counts().most_common()[-1][0]
+    rare = everyone.where(lambda fact: place[fact] < choices.PROBED - (fact.answer == first))  # of one answer one subject too few
+    for known in (everyone, rare, everyone.where(lambda fact: fact.answer == last or place[fact] < choices.PROBED - 1)):
+        choices.look_up(cases.random_model(), known, parts)
+    assert called == [len(everyone), choices.PROBED * (len(everyone.counts()) - 1), "patching"]
+
+
 def test_localizations_see_no_more_facts_than_asked(everyone, monkeypatch):
     seen, real = [], choices.pairs
     monkeypatch.setattr(choices, "pairs", lambda model, facts, *rest, **options: seen.append(facts) or real(model, facts, *rest, **options))

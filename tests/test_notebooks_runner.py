@@ -129,7 +129,7 @@ def test_sources_are_untouched_by_run(executed):
     [
         (["-p", "modle", "x"], "01_good.ipynb: unknown parameter `modle`, did you mean `model`?"),
         (["-p", "seed", "one"], "parameter `seed`"),
-        (["--profile", "fast"], "'quick', 'standard' or 'full'"),
+        (["--profile", "fast"], "'smoke', 'quick', 'standard' or 'full'"),
         (["09"], "no notebook `09`"),
     ],
 )

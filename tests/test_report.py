@@ -238,17 +238,18 @@ def test_a_fuller_profile_goes_before_a_run_that_is_not_stale_and_no_edit_mixes_
     assert material.one_run_an_edit(pd.concat([rows, full], ignore_index=True))["run"].str.startswith("full ").all()
 
 
-def test_what_rests_on_quick_runs_says_so(rows, declared):
-    assert not tables.verdicts(declared, rows)["warning"].str.contains("quick").any()
-    mixed = rows.assign(profile=rows["profile"].mask(rows["localization"] == "all MLPs", "quick"))
+@pytest.mark.parametrize("profile", ["quick", "smoke"])
+def test_what_rests_on_light_runs_says_so(rows, declared, profile):
+    assert not tables.verdicts(declared, rows)["warning"].str.contains(profile).any()
+    mixed = rows.assign(profile=rows["profile"].mask(rows["localization"] == "all MLPs", profile))
     found = tables.verdicts(declared, mixed).set_index("claim")
     assert found.loc["mcq-unlocalized", "against"] == "all MLPs"
-    assert found.loc["mcq-unlocalized", "warning"] == "the rival was trained in the quick profile (all MLPs)"
-    assert "all MLPs (quick profile)" in set(tables.leaderboard(mixed)["name"])
+    assert found.loc["mcq-unlocalized", "warning"] == f"the rival was trained in the {profile} profile (all MLPs)"
+    assert f"all MLPs ({profile} profile)" in set(tables.leaderboard(mixed)["name"])
     picture, = figures.pictures(next(kind for kind in figures.KINDS if kind.name == "worst"), mixed, {})
-    assert picture.note == "Trained in the quick profile: all MLPs."
-    runs = pd.DataFrame([{name: "x" for name in material.ORIGIN} | {"stale": False, "rows": 1, "used": 1, "profile": profile} for profile in ("", "quick")])
-    assert list(tables.provenance(runs)["profile"]) == ["not recorded", "quick"]
+    assert picture.note == f"Trained in the {profile} profile: all MLPs."
+    runs = pd.DataFrame([{name: "x" for name in material.ORIGIN} | {"stale": False, "rows": 1, "used": 1, "profile": name} for name in ("", profile)])
+    assert list(tables.provenance(runs)["profile"]) == ["not recorded", profile]
 
 
 def test_a_run_that_is_going_on_can_be_reported(rows, tmp_path):

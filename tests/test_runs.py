@@ -62,7 +62,7 @@ def test_defaults_come_from_the_cell(run, capsys):
         ("seed = True", "parameter `seed`"),
         ("model = 3", "parameter `model`: input should be a valid string (got 3)"),
         ("layers = [1, 'two']", "parameter `layers.1`"),
-        ('profile = "fast"', "parameter `profile`: input should be 'quick', 'standard' or 'full' (got 'fast')"),
+        ('profile = "fast"', "parameter `profile`: input should be 'smoke', 'quick', 'standard' or 'full' (got 'fast')"),
         ('device = "tpu"', "parameter `device`: a device is 'auto', 'cpu', 'mps', 'cuda'"),
         ('device = "cuda:99"', "`cuda:99` is not available here"),
         ('device = "spread"', "parameter `device`"),
@@ -187,7 +187,9 @@ def test_device_and_dtype(cells, run):
 def test_pick(cells):
     for profile, value in {"quick": 1, "standard": 2, "full": 3}.items():
         run = start_with(cells, INJECTED + f"profile = {profile!r}")
-        assert run.pick(quick=1, standard=2, full=3) == value
+        assert run.pick(quick=1, standard=2, full=3) == run.pick(smoke=0, quick=1, standard=2, full=3) == value
+    smoke = start_with(cells, INJECTED + "profile = 'smoke'")
+    assert smoke.pick(quick=1, standard=2, full=3) == 1 and smoke.pick(smoke="", quick=1, standard=2, full=3) == ""
 
 
 def test_a_block_is_timed():

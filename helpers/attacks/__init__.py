@@ -47,13 +47,13 @@ __all__ = ["ACCESS", "ATTACKS", "PROFILES", "READ", "Attack", "AttackError", "by
            "gains", "gate", "guessing", "interpolate", "majority", "noise", "patch", "probe", "prompt", "prune", "quantise", "questions",
            "relearn", "relearn_text", "run", "soft_prompt", "summarise", "swapped", "undo", "untouched", "upper_layers", "worst_case"]
 
-PROFILES = ("quick", "standard", "full")
-READ = {"quick": 64, "standard": 64, "full": None}  # forgotten facts that an attack is read on, at most
+PROFILES = ("smoke", "quick", "standard", "full")
+READ = {"smoke": 16, "quick": 64, "standard": 64, "full": None}  # forgotten facts that an attack is read on, at most
 
 
 @dataclass(frozen=True)
 class Attack:
-    """What to call, and its options in each profile: None leaves it out, several are taken one after the other.
+    """What to call, and its options in each profile: None leaves it out, several are taken one after the other; smoke goes by quick.
 
     What an attacker needs for it is in `headline.ACCESS`.
     """
@@ -64,7 +64,7 @@ class Attack:
     full: dict | tuple[dict, ...] | None = field(default_factory=dict)
 
     def options(self, profile: str) -> tuple[dict, ...]:
-        given = getattr(self, profile)
+        given = getattr(self, "quick" if profile == "smoke" else profile)
         return () if given is None else given if isinstance(given, tuple) else (given,)
 
 
@@ -100,7 +100,7 @@ ATTACKS: dict[str, Attack] = {
 
 def run(model: Model, edit: Edit | None, split: Split, profile: str = "standard", *, only: Sequence[str] | None = None,
         texts: Sequence[str] | None = None, counts: Mapping[str, bool] | None = None, seed: int = 0) -> pd.DataFrame:
-    """All attacks of a profile (`quick`, `standard`, `full`), or those named in `only`, in one table.
+    """All attacks of a profile (`smoke`, `quick`, `standard`, `full`), or those named in `only`, in one table.
 
     `texts` goes to relearning, `counts` (from `gate`) to prompting. An attack that cannot be made on these facts is left
     out with a warning, a format that they cannot have without; `rows.attrs["left_out"]` says why. Raises `AttackError`

@@ -27,6 +27,7 @@ from helpers.splits import Split
 SCORED = ("causal tracing", "causal tracing MLPs", "attribution", "attribution MLPs")
 PLAIN = ("lookup", "everything", "all MLPs", "random", "random MLPs")
 NAMES = (*PLAIN, *SCORED, "windows")
+PROBED = 5  # subjects with an answer, from which on it is probed for: one in each fold
 
 
 @dataclass(frozen=True, eq=False)
@@ -65,8 +66,8 @@ def choose(model: Model, known: Facts, split: Split, names: Sequence[str] = ("lo
         seed: of partners, probes and noise.
         draw: seed of the random masks, if it is another: runs that differ in it alone share all other masks.
 
-    Fact lookup goes by `fact_lookup.sports` for facts of one relation, by `counterfact` with the calibrated threshold for facts of
-    several. Raises `SelectionError` for an unknown name, and where fact lookup chooses no MLP.
+    Fact lookup goes by `fact_lookup.sports` for facts of one relation whose answers can be probed for (two or more that PROBED subjects
+    have), by `counterfact` with the calibrated threshold for all others. Raises `SelectionError` for an unknown name, and where fact lookup chooses no MLP.
     """
     unknown = [name for name in names if name not in NAMES and not is_window(name)]
     if unknown or not names:
@@ -119,7 +120,9 @@ def look_up(model: Model, known: Facts, split: Split, *, format: str = "cloze", 
     """Fact lookup as `choose` goes by it; the arguments are the same. Its `layers` may be empty."""
     twins = pairs(model, split.forget[:n_facts], format, partners=known, seed=seed, minimum=2)
     relations = {fact.relation.name for fact in split.forget}
-    if len(relations) > 1:
+    alike = known.where(lambda fact: fact.relation.name in relations)
+    often = {answer for answer, n in alike.counts().items() if n >= PROBED}
+    if len(relations) > 1 or len(often) < 2:
         return fact_lookup.counterfact(model, twins, threshold="calibrated", seed=seed, batch_size=batch_size)
-    asked = prompts.build(model.tokenizer, known.where(lambda fact: fact.relation.name in relations), format)
+    asked = prompts.build(model.tokenizer, alike.where(lambda fact: fact.answer in often), format)
     return fact_lookup.sports(model, twins, asked, seed=seed, batch_size=batch_size)

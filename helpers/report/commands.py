@@ -18,11 +18,11 @@ from typing import Any
 import pandas as pd
 
 from helpers import notebooks, parameters, provenance
-from helpers.report.edits import QUICK
+from helpers.report.edits import LIGHT
 from helpers.runs import NOT_IDENTITY, run_id
 from helpers.sweep import plan
 
-PROFILES = ("standard", QUICK, "full")
+PROFILES = ("standard", *LIGHT, "full")
 FEW = 4  # of runs that no sweep makes, so many are named one by one
 
 

@@ -1,6 +1,6 @@
 """What each stored edit did before any attack: whether it took, what it wrecked, and which names are one and the same edit.
 
-    made = edits.made(rows)              # one row an edit: means, `collapse`, `broken`, `taken`, `weak`, `quick`, `same_as`
+    made = edits.made(rows)              # one row an edit: means, `collapse`, `broken`, `taken`, `weak`, `light`, `same_as`
     edits.doubles(rows)                  # (model, facts, method, mask) → the mask that stands for it
 """
 
@@ -16,7 +16,7 @@ from helpers.unlearning.baselines import UNLEARNING
 
 TAKEN = 0.9
 DAGGER = "†"
-QUICK = "quick"  # the profile that trains less
+LIGHT = ("quick", "smoke")  # profiles that train less
 KEY = ["model", "facts", "n", "method", "localization"]
 MEANS = ["edit", "forget", "retain", "mcq_retain", "text_loss"]
 VALUE = ["n", "seed", "attack", "setting", "fact", "name", "reading", "measure"]
@@ -28,22 +28,23 @@ def made(rows: pd.DataFrame) -> pd.DataFrame:
     """`results.costs` of each edit, over its seeds, indexed by KEY, against the unedited model on the same facts.
 
     `taken`: for how many facts it did what it was trained to do, in the trained words: the new answer or, in unlearning, the true one
-    gone; none for deleted weights, which are told how many to be. `weak`: `taken` is below TAKEN. `quick`: any seed is from a quick run.
+    gone; none for deleted weights, which are told how many to be. `weak`: `taken` is below TAKEN. `light`: the profile, where any seed
+    is from one that trains less; empty otherwise.
     `same_as`: the mask that stands for it in `doubles`; empty if none does.
     """
     plain = rows[(rows["attack"] == "none") & (rows["measure"].str.endswith(" top1") | (rows["measure"] == "text_loss"))]
     parts = [results.costs(part, KEY) for _, part in plain.groupby("facts", sort=False)]
     if not parts:
-        return pd.DataFrame(columns=[*MEANS, "collapse", "broken", "taken", "weak", "quick", "same_as"], index=pd.MultiIndex.from_tuples([], names=KEY))
+        return pd.DataFrame(columns=[*MEANS, "collapse", "broken", "taken", "weak", "light", "same_as"], index=pd.MultiIndex.from_tuples([], names=KEY))
     table = pd.concat(parts)
     table = table.reindex(columns=list(dict.fromkeys([*table, *MEANS])))
     methods = table.index.get_level_values("method")
     taken = table["edit"].where(~methods.isin(UNLEARNING), 1 - table["forget"])
     trained = ~methods.str.startswith("weight mask") & (table.index.get_level_values("localization") != "none")
-    quick = pd.MultiIndex.from_frame(plain.loc[plain["profile"] == QUICK, KEY].drop_duplicates())
+    light = plain[plain["profile"].isin(LIGHT)].drop_duplicates(KEY).set_index(KEY)["profile"].reindex(table.index).fillna("")
     again = doubles(rows)
     same_as = [again.get((model, facts, method, name), "") for model, facts, _, method, name in table.index]
-    return table.assign(taken=taken.where(trained), weak=(taken < TAKEN) & trained, quick=table.index.isin(quick), same_as=same_as)
+    return table.assign(taken=taken.where(trained), weak=(taken < TAKEN) & trained, light=light, same_as=same_as)
 
 
 def doubles(rows: pd.DataFrame) -> dict[tuple[str, str, str, str], str]:
@@ -76,7 +77,7 @@ def marked(rows: pd.DataFrame, table: pd.DataFrame) -> pd.DataFrame:
 
 
 def warnings(model: str, facts: set[str], method: str, sides: dict[str, str], table: pd.DataFrame) -> str:
-    """What must be known of the edits of a comparison, `sides` by what they are ("mask", "rival"): collapsed, not taken, or of a quick run."""
+    """What must be known of the edits of a comparison, `sides` by what they are ("mask", "rival"): collapsed, not taken, or trained less."""
     here = table.reset_index()
     here = here[(here["model"] == model) & here["facts"].isin(facts) & (here["method"] == method)]
     said = []
@@ -84,7 +85,7 @@ def warnings(model: str, facts: set[str], method: str, sides: dict[str, str], ta
         for row in here[here["localization"] == name].itertuples():
             said += [f"the {side} collapsed ({name}: {row.collapse})"] * bool(row.collapse)
             said += [f"the edit of the {side} did not take in full ({name}: {row.taken:.2f} of the facts in the trained words)"] * bool(row.weak)
-            said += [f"the {side} was trained in the quick profile ({name})"] * bool(row.quick)
+            said += [f"the {side} was trained in the {row.light} profile ({name})"] * bool(row.light)
     return "; ".join(dict.fromkeys(said))
 
 

@@ -46,7 +46,7 @@ class Kind:
 @dataclass(frozen=True, eq=False)
 class Picture:
     """One figure, `where` it is from, its estimates (the kind's columns, `reading`, those of `stats.summary`, `chance`, `collapsed`), and
-    a `note` on edits that did not take, collapsed or were trained in the quick profile;
+    a `note` on edits that did not take, collapsed or were trained in a profile that trains less;
     `runs`: those behind it."""
 
     kind: Kind
@@ -145,9 +145,8 @@ def _note(part: pd.DataFrame, made: pd.DataFrame) -> str:
     of = [(row[0], made.loc[row[1:]]) for row in keys.assign(place=keys["place"] + size).itertuples(index=False, name=None) if row[1:] in made.index]
     few = [f"{name} {edit['taken']:.2f}" for name, edit in of if edit["weak"]]
     lost = sorted({f"{name} ({edit['collapse']})" for name, edit in of if edit["collapse"]})
-    quick = sorted({name for name, edit in of if edit["quick"]})
-    said = {f"{edits.DAGGER} did not take: share of the facts in the trained words below {edits.TAKEN}": few, "Collapsed": lost,
-            "Trained in the quick profile": quick}
+    said = {f"{edits.DAGGER} did not take: share of the facts in the trained words below {edits.TAKEN}": few, "Collapsed": lost}
+    said |= {f"Trained in the {light} profile": sorted({name for name, edit in of if edit["light"] == light}) for light in edits.LIGHT}
     return " ".join(f"{what}: {', '.join(names)}." for what, names in said.items() if names)
 
 

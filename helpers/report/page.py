@@ -79,10 +79,10 @@ def picture_bytes(figure: Figure) -> bytes:
 
 
 def _counts(runs: pd.DataFrame) -> dict[str, int]:
-    """How many runs there are, are used, are stale, are stale and shown, are quick and shown, and give way to another run in part or whole."""
+    """How many runs there are, are used, are stale, are stale and shown, are of a light profile and shown, and give way to another run in part or whole."""
     stale, used = runs["stale"].astype(bool), runs["used"] > 0
     aside = (~stale | (stale & used).any()) & (runs["used"] < runs["rows"])
-    kinds = {"used": used, "stale": stale, "stale_shown": stale & used, "quick": used & (runs["profile"] == edits.QUICK), "set_aside": aside}
+    kinds = {"used": used, "stale": stale, "stale_shown": stale & used, "light": used & runs["profile"].isin(edits.LIGHT), "set_aside": aside}
     return {"runs": len(runs), **{name: int(kind.sum()) for name, kind in kinds.items()}}
 
 

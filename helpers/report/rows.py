@@ -15,14 +15,13 @@ import pandas as pd
 
 from helpers import presets, store
 from helpers.provenance import short_path
-from helpers.report.edits import QUICK
 from helpers.runs import Run
 
 SWEEP = "python -m helpers.sweep sweeps/reference.yaml"
 EDIT = ["model", "facts", "n", "seed", "localization", "method"]
 ORIGIN = ["run", "notebook", "profile", "commit", "code", "started", "machine", "stale"]
 # a lower profile trains less; rows packed without a profile are of standard runs
-FULLEST = {"full": 0, "standard": 1, "": 1, QUICK: 2}
+FULLEST = {"full": 0, "standard": 1, "": 1, "quick": 2, "smoke": 3}
 
 
 class ReportError(ValueError):

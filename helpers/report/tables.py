@@ -144,7 +144,7 @@ def leaderboard(rows: pd.DataFrame, reading: str = "top1", made: pd.DataFrame | 
     `worst`: the most that any attack recovers which makes the model itself answer; `inside`: probes too; `untouched`: the edited model
     left alone, on the same facts; each with `…_low`, `…_high`, `…_n_facts`, `…_n_seeds`, as COSTS have them. `attack`: the one that most
     often recovers a fact. `collapsed`: why the means over seeds count as a wrecked model, by `evaluation.collapse`. `taken`, `weak`,
-    `broken` and `quick`: from `edits.made`. `name`: the mask, with others that are the same edit, and a dagger where it did not take.
+    `broken` and `light`: from `edits.made`. `name`: the mask, with others that are the same edit, and a dagger where it did not take.
     """
     forget = rows["measure"] == f"forget {reading}"
     spoken = rows[(rows["attack"] == f"worst: {SPOKEN}") & forget]
@@ -164,11 +164,11 @@ def leaderboard(rows: pd.DataFrame, reading: str = "top1", made: pd.DataFrame | 
     attacks = [_most_often(spoken, row) for _, row in table.iterrows()]
     table = table.assign(attack=attacks, collapsed=["; ".join(reason) for reason in reasons], lost=list(map(bool, reasons)))
     made = edits.made(rows) if made is None else made
-    table = table.join(made[["taken", "weak", "broken", "quick", "same_as"]], on=BY).fillna({"weak": False, "quick": False, "same_as": ""})
+    table = table.join(made[["taken", "weak", "broken", "light", "same_as"]], on=BY).fillna({"weak": False, "light": "", "same_as": ""})
     edit = list(table[BY].itertuples(index=False, name=None))
     stands = pd.Series([(*key[:-1], same) if (*key[:-1], same) in edit else None for key, same in zip(edit, table["same_as"])], table.index)
     also = table["localization"].groupby(stands).agg(lambda names: "".join(f" = {name}" for name in names)).to_dict()
-    marks = [f" {edits.DAGGER}" * bool(weak) + f" ({edits.QUICK} profile)" * bool(quick) for weak, quick in zip(table["weak"], table["quick"])]
+    marks = [f" {edits.DAGGER}" * bool(weak) + f" ({light} profile)" * bool(light) for weak, light in zip(table["weak"], table["light"])]
     table = table.assign(name=[key[-1] + also.get(key, "") + mark for key, mark in zip(edit, marks)])[stands.isna()].drop(columns="same_as")
     return table.sort_values(["model", "facts", "lost", "worst"], kind="stable").drop(columns="lost").reset_index(drop=True)
 

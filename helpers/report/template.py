@@ -35,8 +35,8 @@ No run is stale.
 {% if count.set_aside %}
 Of {{ count.set_aside }} runs some or all rows are set aside, because another run measured the same edit, and more of it, or in a fuller profile.
 {% endif %}
-{% if count.quick %}
-{{ count.quick }} of the runs shown are of the quick profile, which trains less; verdicts, figures and tables name the edits that are theirs.
+{% if count.light %}
+{{ count.light }} of the runs shown are of the quick or the smoke profile, which train less; verdicts, figures and tables name the edits that are theirs.
 {% endif %}
 {% if material.unfinished %}
 {{ material.unfinished }} runs failed or never ended, and have no rows here.
