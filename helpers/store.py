@@ -52,8 +52,8 @@ PACKED = [*ROWS, *OF_A_RUN]
 Listed = list[tuple[Path, list[dict[str, Any]]]]  # places with records of their runs
 LISTINGS = 5
 DECIMALS = 3  # of packed values
-# rows repeat those of other runs: a page must hold them all for the compression to see it, which more than halves the file
-COMPRESSION = {"compression": "zstd", "compression_level": 19, "data_page_size": 2**30, "max_rows_per_page": 2**30}
+# rows repeat those of other runs: one page of one group must hold them all for the compression to see it, which more than halves the file
+COMPRESSION = {"compression": "zstd", "compression_level": 19, "row_group_size": 2**26, "data_page_size": 2**30, "max_rows_per_page": 2**30}
 
 
 class Present:
