@@ -229,7 +229,8 @@ def _reason(row: pd.Series, rule: Rule) -> str:
         return f"{who}: {row['missing']} of {row['missing'] + row['n_facts']} facts lack a value in some seed"
     if row["n_seeds"] < rule.min_seeds:
         return f"{who}: {row['n_seeds']} of {rule.min_seeds} seeds"
-    return f"{who}: {row['value']:+.3f} [{row['low']:+.3f}, {row['high']:+.3f}]" + (f", but {row['guard']}" if row["guard"] else "")
+    interval = "no spread" if np.isnan(row["low"]) else f"{row['low']:+.3f}, {row['high']:+.3f}"
+    return f"{who}: {row['value']:+.3f} [{interval}]" + (f", but {row['guard']}" if row["guard"] else "")
 
 
 def _problems(claims: Claims) -> Iterator[str]:

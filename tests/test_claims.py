@@ -116,6 +116,14 @@ def test_a_clear_advantage_holds(declared):
     assert (found["published_mask"], found["published_against"]) == (0.862, declared.published("athletes", "mcq_edit", found["against"]))
 
 
+def test_two_names_of_one_edit_have_no_interval_rather_than_nan(declared):
+    """The loss on text is one value a seed; where mask and rival are the same edit, no difference has a spread."""
+    row = pd.Series({"mask": "lookup", "against": "causal tracing MLPs", "value": 0.0, "low": np.nan, "high": np.nan, "n_facts": 1,
+                     "n_seeds": 3, "missing": 0, "guard": ""})
+    assert claims._reason(row, declared.rule) == "lookup vs causal tracing MLPs: +0.000 [no spread]"
+    assert claims._reason(row.replace({np.nan: 0.5}), declared.rule).endswith("[+0.500, +0.500]")
+
+
 def test_one_rival_that_is_as_good_makes_it_fail(declared):
     means = {"lookup": 0.5, **dict.fromkeys(TRACED, 0.2), "causal tracing MLPs": 0.5}
     found = one(declared, pd.concat([rows(means), working()]), "mcq-output-tracing")
