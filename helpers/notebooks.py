@@ -145,7 +145,7 @@ def strip(notebook: nbformat.NotebookNode) -> nbformat.NotebookNode:
             if output.output_type == "execute_result":
                 output.execution_count = count
             if "text/html" in (data := output.get("data", {})):
-                data.pop("text/plain", None)  # the same table once more, a tenth of a notebook's bytes, that no viewer shows
+                data.pop("text/plain", None)  # the same table once more, a tenth of a notebook's bytes
     return notebook
 
 
