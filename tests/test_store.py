@@ -236,6 +236,16 @@ def test_packed_values_have_three_decimals(home):
     assert read(home, home / "all.parquet")["value"].eq(0.123).all() and read(home)["value"].eq(0.12345).all()
 
 
+@pytest.mark.parametrize("largest", [999_999.9989, 999_999.9996, -2e7, np.inf, np.nan])
+def test_packed_values_may_be_large_or_none(home, largest):
+    given = [0.0006, -1.5, largest]
+    stored(home / "out", 0, rows=values(0, 3).assign(value=given))
+    # packed again, nothing changes any more
+    for source, target in (("out", "once"), ("once.parquet", "twice")):
+        store.pack([home / source], home / f"{target}.parquet", home)
+        assert read(home, home / f"{target}.parquet")["value"].tolist() == pytest.approx(np.round(given, 3).tolist(), rel=1e-15, nan_ok=True)
+
+
 def test_what_runs_have_in_common_is_packed_once(home):
     rows = values(0, 30_000).assign(value=np.random.default_rng(0).integers(0, 1000, 30_000) / 1000)
     for seed in range(4):

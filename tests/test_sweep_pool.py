@@ -1,15 +1,20 @@
 """The pool: warm and cold kernels do the same, have their threads and GPUs, and end in whatever way they must."""
 
+import multiprocessing
 import os
+import signal
 import subprocess
 import sys
 import tempfile
+from multiprocessing.process import BaseProcess
 
 import pandas as pd
 import pytest
 from sweep_cases import FINISH, HANG, MARK, entry, executed, failure, is_alive, marks, notebook, sweep, sweep_file, wait_for
 
 from helpers import provenance, store
+from helpers.sweep import plan
+from helpers.sweep.interrupts import held_back
 from helpers.sweep.pool import WARM, Pool, gpus
 
 SEEN = """import os, time, torch
@@ -128,6 +133,43 @@ def test_kernels_have_files_for_sockets_however_long_the_folder_for_temporary_fi
     monkeypatch.setattr(tempfile, "tempdir", str(usual))
     (task,) = sweep(sweep_file(tmp_path, entry("50_sockets"))).tasks
     assert pd.read_parquet(task.folder / "rows.parquet")["transport"].tolist() == ["ipc"]
+
+
+@pytest.mark.parametrize("number, warm", [(signal.SIGINT, WARM), (signal.SIGTERM, False)])
+def test_an_interrupt_while_a_run_is_being_started_ends_it_too(tmp_path, notes, monkeypatch, number, warm):
+    notebook(tmp_path, "50_short", MARK, FINISH)
+    (task,) = plan.load(sweep_file(tmp_path, entry("50_short", fixed={"notes": str(notes)})), str(tmp_path / "out"))
+    task.folder.mkdir(parents=True)
+    started = []
+
+    def start(process):
+        BaseProcess.start(process)
+        started.append(process.pid)
+        signal.raise_signal(number)
+
+    monkeypatch.setattr(multiprocessing.context.ForkServerProcess if warm else multiprocessing.context.SpawnProcess, "start", start)
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "temporary"))
+    (tmp_path / "temporary").mkdir()
+    before = signal.signal(signal.SIGTERM, signal.default_int_handler)
+    try:
+        with pytest.raises(KeyboardInterrupt), Pool(1, warm=warm) as pool:
+            pool.start(task)
+        assert signal.getsignal(signal.SIGTERM) is signal.default_int_handler
+    finally:
+        signal.signal(signal.SIGTERM, before)
+    (pid,) = started
+    assert not is_alive(pid)
+    assert not list((tmp_path / "temporary").glob("mu-*")) and not marks(notes)
+
+
+def test_what_interrupts_twice_is_raised_once_and_only_what_comes_later_again():
+    with pytest.raises(KeyboardInterrupt), held_back():
+        signal.raise_signal(signal.SIGINT)
+        signal.raise_signal(signal.SIGINT)
+    with held_back():
+        pass
+    with pytest.raises(KeyboardInterrupt):
+        signal.raise_signal(signal.SIGINT)
 
 
 def test_a_pool_that_is_not_entered_leaves_nothing(tmp_path, monkeypatch):

@@ -25,6 +25,7 @@ from helpers import cores
 from helpers.notebooks import LONGEST_SOCKET_FOLDER
 from helpers.progress import HEADLESS_VARIABLE
 from helpers.sweep import execution
+from helpers.sweep.interrupts import held_back
 from helpers.sweep.plan import Task
 
 WARM = sys.platform == "linux"
@@ -72,9 +73,10 @@ class Pool:
         return self
 
     def __exit__(self, *error: object) -> None:
-        for running in self._running:
-            _kill(running.process)
-        shutil.rmtree(self._sockets, ignore_errors=True)
+        with held_back():
+            for running in list(self._running):
+                self._end(running)
+            shutil.rmtree(self._sockets, ignore_errors=True)
 
     @property
     def side_by_side(self) -> int:
@@ -86,6 +88,11 @@ class Pool:
         return self.workers - len(self._running)
 
     def start(self, task: Task) -> None:
+        """Start a run; the first waits for the packages to be imported, and an interrupt waits with it."""
+        with held_back():
+            self._running.append(self._started(task))
+
+    def _started(self, task: Task) -> Running:
         slot = min(set(range(self.workers)) - {running.slot for running in self._running})
         env = self._environment(slot)
         result, theirs = self._context.Pipe(duplex=False)
@@ -97,7 +104,7 @@ class Pool:
             process.start()
         theirs.close()
         deadline = time.monotonic() + (self.minutes * 60 if self.minutes else float("inf"))
-        self._running.append(Running(task, slot, process, result, deadline))
+        return Running(task, slot, process, result, deadline)
 
     def wait(self, seconds: float) -> list[tuple[Task, str]]:
         """Tasks that ended within so many seconds, each with what went wrong (empty if nothing did). Returns at the first."""
@@ -107,15 +114,20 @@ class Pool:
         ended = []
         for running in list(self._running):
             if running.result in ready:
-                ended.append((running.task, _error(running)))
+                error = _error(running)
             elif time.monotonic() >= running.deadline:
-                ended.append((running.task, f"stopped after {self.minutes:g} minutes, the time limit of a run"))
+                error = f"stopped after {self.minutes:g} minutes, the time limit of a run"
             else:
                 continue
+            self._end(running)
+            ended.append((running.task, error))
+        return ended
+
+    def _end(self, running: Running) -> None:
+        with held_back():
             _kill(running.process)
             running.result.close()
             self._running.remove(running)
-        return ended
 
     def _environment(self, slot: int) -> dict[str, str]:
         """Variables of a run that are set before it imports anything."""
