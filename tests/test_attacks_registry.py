@@ -172,3 +172,10 @@ def test_profiles_read_a_part_of_a_long_forget_set(monkeypatch):
     n = {profile: attacks.run(cases.known(), cases.edit(), cases.a_split(), profile, only=["none"])
          .query("group == 'forget' and format == 'one_shot'")["subject"].nunique() for profile in attacks.PROFILES}
     assert n == {"smoke": 2, "quick": 4, "standard": cases.N_FORGET, "full": cases.N_FORGET}
+
+
+def test_smoke_makes_the_attacks_of_quick_with_no_more_steps():
+    for name, attack in attacks.ATTACKS.items():
+        smoke, quick = attack.options("smoke"), attack.options("quick")
+        assert len(smoke) == len(quick) and all(set(options) <= set(given) for options, given in zip(smoke, quick)), name
+        assert all(max(options.get("steps", (0,))) <= max(given.get("steps", (0,))) for options, given in zip(smoke, quick)), name

@@ -8,7 +8,7 @@ import pytest
 from notebook_cases import checks, executed
 
 NAMES = ["03_localization", "04_localized_editing", "05_localized_unlearning", "06_attacks", "07_weight_masks", "08_baselines",
-         "09_mechanism_or_depth", "10_real_models", "11_scaling"]
+         "09_mechanism_or_depth", "10_real_models", "11_scaling", "12_report"]
 
 
 @pytest.mark.parametrize("name", NAMES)

@@ -211,6 +211,8 @@ def test_stale_rows_are_taken_unless_fresh_ones_are_asked_for(rows, tmp_path):
     assert "random" not in set(found.rows["localization"]) and len(found.rows) == len(rows)
     assert found.runs.set_index("run").loc["old", ["stale", "used", "rows"]].tolist() == [True, 0, len(old)]
     assert "random" in set(material.collect(places).rows["localization"])
+    part = material.collect(places, localization="random")
+    assert set(part.rows["localization"]) == {"random"} and part.runs["run"].tolist() == ["old"]
     with pytest.raises(material.ReportError, match="are stale.*without --fresh"):
         material.collect(places[1:], fresh=True)
 

@@ -53,7 +53,7 @@ READ = {"smoke": 16, "quick": 64, "standard": 64, "full": None}  # forgotten fac
 
 @dataclass(frozen=True)
 class Attack:
-    """What to call, and its options in each profile: None leaves it out, several are taken one after the other; smoke goes by quick.
+    """What to call, and its options in each profile: None leaves it out, several are taken one after the other; `smoke` changes quick.
 
     What an attacker needs for it is in `headline.ACCESS`.
     """
@@ -62,15 +62,18 @@ class Attack:
     quick: dict | None = None
     standard: dict | tuple[dict, ...] | None = field(default_factory=dict)
     full: dict | tuple[dict, ...] | None = field(default_factory=dict)
+    smoke: dict = field(default_factory=dict)
 
     def options(self, profile: str) -> tuple[dict, ...]:
         given = getattr(self, "quick" if profile == "smoke" else profile)
+        if profile == "smoke" and given is not None:
+            return ({**given, **self.smoke},)
         return () if given is None else given if isinstance(given, tuple) else (given,)
 
 
 _ALL, _PLAIN = {"orders": tuple(range(len(ORDERS)))}, {"formats": ("one_shot",)}
 _DOSES = {"rates": (2e-4, 1e-3, 5e-3), "shown": (0, 4, 8, 16, None), "steps": (0, 1, 2, 5, 10, 20, 50, 100)}
-_LIGHT = replace(PUBLISHED, batch=16, text_tokens=50)
+_LIGHT, _LIGHTEST = replace(PUBLISHED, batch=16, text_tokens=50), replace(PUBLISHED, batch=4, text_tokens=16)
 # at the published rate a tiny model learns next to nothing, so that there is nothing to control for
 _PUBLISHED, _LORA, _FULL = {"rates": (2e-4,), "n_retain": 40}, {"rates": (2e-3,), "invented": True, "n_retain": 40}, {"rates": (1e-3,), "n_retain": 40}
 _POLITE = ("few-shot, forgotten facts", "paraphrase 1", "QA", "MCQ", "league")
@@ -80,7 +83,7 @@ ATTACKS: dict[str, Attack] = {
     "prompt": Attack(prompt, {"asked": _POLITE, "n_retain": 40}, {}, _ALL),
     "relearn lora": Attack(partial(relearn, how="lora"),
                            {"rates": (2e-3,), "steps": (0, 10), "settings": _LIGHT, "invented": True, "n_retain": 40, **_PLAIN},
-                           (_PUBLISHED, _LORA), (_PUBLISHED, _LORA, {"invented": True, **_DOSES})),
+                           (_PUBLISHED, _LORA), (_PUBLISHED, _LORA, {"invented": True, **_DOSES}), {"steps": (0, 4), "settings": _LIGHTEST}),
     "relearn full": Attack(partial(relearn, how="full"), None, _FULL, (_FULL, {"invented": True, **_DOSES})),
     "relearn text": Attack(relearn_text, None, {"rates": (1e-3,), **_PLAIN},
                            {"rates": _DOSES["rates"], "steps": _DOSES["steps"]}),

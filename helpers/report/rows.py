@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import pandas as pd
 
@@ -40,7 +41,7 @@ class Material:
     packs: pd.DataFrame
 
 
-def collect(sources: Sequence[Path | str], fresh: bool = False, notebooks: Path | None = None) -> Material:
+def collect(sources: Sequence[Path | str], fresh: bool = False, notebooks: Path | None = None, **where: Any) -> Material:
     """Rows of the store to report on.
 
     Args:
@@ -48,13 +49,14 @@ def collect(sources: Sequence[Path | str], fresh: bool = False, notebooks: Path 
         fresh: leave out rows that other code, data or weights made than there are now. They are taken otherwise, with `stale` set,
             because any change of any helper that a notebook uses makes its runs stale.
         notebooks: their folder, if it is not the project's.
+        where: values of columns, as `store.read` takes them, to report on a part.
 
     Raises `ReportError` where there are no rows, or only stale ones though fresh ones were asked for, and `store.StoreError` for a file that is no store.
     """
     if gone := [short_path(source) for source in sources if not Path(source).exists()]:
         raise ReportError(f"nothing at {', '.join(gone)}: make rows with `{SWEEP}`, or name other places (--rows)")
     places = [place for source in map(Path, sources) for place in sorted(source.glob("*.parquet")) or [source]]
-    everything = store.read(*places, notebooks=notebooks)
+    everything = store.read(*places, notebooks=notebooks, **where)
     named = ", ".join(map(short_path, places))
     if everything.empty:
         raise ReportError(f"no rows in {named}: make some with `{SWEEP}`, or name other places (--rows)")
