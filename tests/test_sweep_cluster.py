@@ -1,12 +1,14 @@
 """Sweeps on Ray: the same rows as on this machine, and a lost node costs no run."""
 
 import json
+import os
+import signal
 import sys
 import threading
 
 import pandas as pd
 import pytest
-from sweep_cases import FINISH, MARK, RESULT, command, entry, failure, is_alive, marks, notebook, sweep, sweep_file, wait_for
+from sweep_cases import FINISH, HANG, MARK, RESULT, command, entry, failure, is_alive, marks, notebook, sweep, sweep_file, wait_for
 
 from helpers import provenance, store
 from helpers.store import Present
@@ -89,6 +91,22 @@ def test_runs_of_a_lost_node_are_made_on_another(tmp_path, ray):
     begun = [seed for seed, _ in marks(tmp_path / "notes")]
     assert len(begun) == 4 and set(begun) == {0, 1, 2}
     assert sorted(store.read(tmp_path / "out", notebooks=tmp_path)["value"]) == [0.0, 0.5, 1.0, 1.5, 2.0, 2.5]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("ending", [signal.SIGINT, signal.SIGTERM])
+def test_an_interrupt_ends_what_runs_and_keeps_what_has_finished(tmp_path, ray, ending):
+    (tmp_path / "notes").mkdir()
+    notebook(tmp_path, "50_long", MARK, RESULT, f"if run.seed:\n    {HANG.replace(chr(10), chr(10) + '    ')}", FINISH)
+    file = sweep_file(tmp_path, entry("50_long", fixed={"notes": str(tmp_path / "notes")}, grid={"seed": [0, 1]}))
+    process = command(file, "--engine", "ray")
+    wait_for(lambda: list(tmp_path.glob("out/*/*/done.json")) and len(marks(tmp_path / "notes")) == 2)
+    # Ctrl-C reaches the whole foreground group, a batch system the one process
+    (os.killpg if ending == signal.SIGINT else os.kill)(process.pid, ending)
+    said, _ = process.communicate(timeout=120)
+    assert process.returncode == 130 and "interrupted: what has finished is stored" in said and "Traceback" not in said, said
+    wait_for(lambda: not any(is_alive(pid) for _, pid in marks(tmp_path / "notes")), 60)
+    assert store.read(tmp_path / "out", notebooks=tmp_path)["seed"].tolist() == [0, 0]
 
 
 @pytest.mark.slow

@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from helpers import provenance
+from helpers.sweep.interrupts import handled_as_before
 from helpers.sweep.plan import Needs, SweepError, Task
 from helpers.sweep.pool import WARM, Pool
 
@@ -64,7 +65,8 @@ class Cluster:
         environment = {"working_dir": str(provenance.project_root()), "excludes": LEFT_BEHIND}
         try:
             _require_answer(where)
-            self._ray.init(self.address, runtime_env=environment, log_to_driver=False, ignore_reinit_error=True, logging_level="ERROR")
+            with handled_as_before():
+                self._ray.init(self.address, runtime_env=environment, log_to_driver=False, ignore_reinit_error=True, logging_level="ERROR")
         except (OSError, RuntimeError, ValueError) as error:
             why = " ".join(str(error).split())[:300]
             raise SweepError(f"no Ray cluster at {where or 'this machine'}: {why} (RAY_ADDRESS says where; unset, one is started here)") from None

@@ -11,6 +11,18 @@ INTERRUPTS = (signal.SIGINT, signal.SIGTERM)
 
 
 @contextmanager
+def handled_as_before() -> Iterator[None]:
+    """Handlers of ours are there again afterwards: a package that is set up within may have put its own in their place."""
+    ours = {number: handler for number in INTERRUPTS if callable(handler := signal.getsignal(number))}
+    try:
+        yield
+    finally:
+        if threading.current_thread() is threading.main_thread():
+            for number, handler in ours.items():
+                signal.signal(number, handler)
+
+
+@contextmanager
 def held_back() -> Iterator[None]:
     """What interrupts within comes after it: a process that has just been started is then known to whoever has to end it.
 
