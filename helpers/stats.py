@@ -85,16 +85,20 @@ def matrix(rows: pd.DataFrame, value: str = "value", fact: str | Sequence[str] =
     unit = [fact] if isinstance(fact, str) else list(fact)
     if not len(rows):
         return pd.DataFrame(index=rows.set_index(unit).index, dtype=float)
-    rows = rows.assign(**{name: rows[name].astype(object).where(rows[name].notna(), "") for name in unit})
-    double = rows.duplicated([*unit, seed], keep=False)
+    # reports call this for thousands of small groups: two factorizations take a fifth of the time of `unstack`
+    names = [rows[name].astype(object).where(rows[name].notna(), "") for name in unit]
+    row, facts = (pd.MultiIndex.from_arrays(names) if len(unit) > 1 else pd.Index(names[0])).factorize(sort=True)
+    column, seeds = pd.Index(rows[seed]).factorize(sort=True)
+    place = row * len(seeds) + column
+    double = np.bincount(place)[place] > 1
     if double.any():
-        first = rows[double].iloc[0]
-        same = rows[double & (rows[[*unit, seed]] == first[[*unit, seed]]).all(axis=1)]
-        differ = [name for name in rows if name != value and same[name].nunique(dropna=False) > 1]
-        raise ValueError(f"{double.sum()} rows give several values to a fact and seed, e.g. {dict(first[[*unit, seed]])}; "
+        same = rows[place == place[double.argmax()]]
+        differ = [name for name in rows if name not in (value, *unit) and same[name].nunique(dropna=False) > 1]
+        raise ValueError(f"{double.sum()} rows give several values to a fact and seed, e.g. {dict(same.iloc[0][[*unit, seed]])}; "
                          f"they differ in {_listed(differ) or 'the value only'}: choose one, or group by it")
-    return rows[[*unit, seed, value]].set_index([*unit, seed])[value].astype(float).unstack(seed).sort_index()
-
+    table = np.full((len(facts), len(seeds)), NAN)
+    table.flat[place] = rows[value].astype(float)
+    return pd.DataFrame(table, facts.set_names(unit), seeds.set_names(seed))
 
 def holm(table: pd.DataFrame, family: Sequence[str] = (), p: str = "p") -> pd.DataFrame:
     """The table with `p_holm`, Holm's correction within each family (Holm 1979).

@@ -71,7 +71,7 @@ class Attack:
         return () if given is None else given if isinstance(given, tuple) else (given,)
 
 
-_ALL, _PLAIN = {"orders": tuple(range(len(ORDERS)))}, {"formats": ("one_shot",)}
+_ALL, _PLAIN, _FEW = {"orders": tuple(range(len(ORDERS)))}, {"formats": ("one_shot",)}, {"n_retain": 8}
 _DOSES = {"rates": (2e-4, 1e-3, 5e-3), "shown": (0, 4, 8, 16, None), "steps": (0, 1, 2, 5, 10, 20, 50, 100)}
 _LIGHT, _LIGHTEST = replace(PUBLISHED, batch=16, text_tokens=50), replace(PUBLISHED, batch=4, text_tokens=16)
 # at the published rate a tiny model learns next to nothing, so that there is nothing to control for
@@ -79,21 +79,21 @@ _PUBLISHED, _LORA, _FULL = {"rates": (2e-4,), "n_retain": 40}, {"rates": (2e-3,)
 _POLITE = ("few-shot, forgotten facts", "paraphrase 1", "QA", "MCQ", "league")
 
 ATTACKS: dict[str, Attack] = {
-    "none": Attack(untouched, {"n_retain": 40}, {}, _ALL),
-    "prompt": Attack(prompt, {"asked": _POLITE, "n_retain": 40}, {}, _ALL),
+    "none": Attack(untouched, {"n_retain": 40}, {}, _ALL, _FEW),
+    "prompt": Attack(prompt, {"asked": _POLITE, "n_retain": 40}, {}, _ALL, _FEW),
     "relearn lora": Attack(partial(relearn, how="lora"),
                            {"rates": (2e-3,), "steps": (0, 10), "settings": _LIGHT, "invented": True, "n_retain": 40, **_PLAIN},
-                           (_PUBLISHED, _LORA), (_PUBLISHED, _LORA, {"invented": True, **_DOSES}), {"steps": (0, 4), "settings": _LIGHTEST}),
+                           (_PUBLISHED, _LORA), (_PUBLISHED, _LORA, {"invented": True, **_DOSES}), {"steps": (0, 4), "settings": _LIGHTEST, **_FEW}),
     "relearn full": Attack(partial(relearn, how="full"), None, _FULL, (_FULL, {"invented": True, **_DOSES})),
     "relearn text": Attack(relearn_text, None, {"rates": (1e-3,), **_PLAIN},
                            {"rates": _DOSES["rates"], "steps": _DOSES["steps"]}),
-    "probe": Attack(probe, {"n_train": 200, "n_retain": 40}),
+    "probe": Attack(probe, {"n_train": 200, "n_retain": 40}, smoke={"n_train": 100, **_FEW}),
     "patch": Attack(patch, {"positions": ("subject_last", "last")}),
     "soft prompt": Attack(partial(soft_prompt, kind="prompt"), None, {}, ({}, {"restarts": 4, "steps": (0, 20, 60, 120)})),
     "soft attention": Attack(partial(soft_prompt, kind="attention"), None, None,
                              {"size": 15, "restarts": 4, "steps": (0, 20, 60, 120),
                               "settings": replace(SOFT, learning_rate=0.03)}),
-    "quantise": Attack(quantise, {"n_retain": 40, **_PLAIN}),
+    "quantise": Attack(quantise, {"n_retain": 40, **_PLAIN}, smoke=_FEW),
     "prune": Attack(prune, None, _PLAIN, {"shares": (0.05, 0.1, 0.2, 0.3, 0.4, 0.5)}),
     "noise": Attack(noise, None, _PLAIN, {"levels": (0.02, 0.05, 0.1, 0.2, 0.4), "draws": 3}),
     "undo": Attack(undo, None, _PLAIN, {"ranks": (1, 2, 4, 8, 16, 32, 64, None)}),
