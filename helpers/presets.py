@@ -152,10 +152,17 @@ def unequal(preset: str, model_name: str, task: str, mask_names: Sequence[str]) 
     searches: dict[str, list[str]] = {}
     for name, place in places.items():
         if place is not None:
-            searches.setdefault(_search(place), []).append(name)
+            searches.setdefault(extent(place), []).append(name)
     if len(searches) > 1:
         said += ["tuned by searches that differ: " + "; ".join(f"{', '.join(names)} by {how}" for how, names in searches.items())]
     return said
+
+
+def extent(place: Path) -> str:
+    """The extent of the search behind a file of tuned settings: "12 trials at rates 0.0002 to 0.02"."""
+    how = yaml.safe_load(place.read_text(encoding="utf-8")).get("provenance", {})
+    rates = " to ".join(f"{rate:g}" for rate in how.get("learning_rates", []))
+    return f"{how.get('trials', '?')} trials at rates {rates or 'that are not on record'}"
 
 
 def identify(model_name: str) -> str | None:
@@ -290,13 +297,6 @@ def _tuned(place: Path, borrowed: bool) -> tuple[dict, str]:
         raise PresetError(f"{named} has {', '.join(sorted(unknown))}; fields are {', '.join(asdict(Settings()))}")
     said = "tuned here" + (f": best of {how['trials']} trials" if "trials" in how else "")
     return found, said + (", those of lookup" if borrowed else "")
-
-
-def _search(place: Path) -> str:
-    """The extent of the search behind a file of tuned settings."""
-    how = yaml.safe_load(place.read_text(encoding="utf-8")).get("provenance", {})
-    rates = " to ".join(f"{rate:g}" for rate in how.get("learning_rates", []))
-    return f"{how.get('trials', '?')} trials at rates {rates or 'that are not on record'}"
 
 
 def _read() -> dict:

@@ -113,17 +113,27 @@ def read_trials(model: str, task: str, masks: Sequence[str], folder: Path = TRIA
     return table.assign(chosen=table.index.isin(best)).reset_index(drop=True)
 
 
+def other_searches(model: str, task: str, trials: int, rates: Sequence[float], masks: Sequence[str], kept: Path = presets.TUNED) -> list[str]:
+    """Other masks of the task whose kept settings come from a search of another extent, a line each: edits at such masks are no fair comparison."""
+    mine = f"{trials} trials at rates {' to '.join(f'{rate:g}' for rate in rates)}"
+    own = {presets.tuned_file(model, task, name, kept) for name in masks}
+    others = sorted(set(presets.tuned_file(model, task, "lookup", kept).parent.glob("*.yaml")) - own)
+    return [f"this search: {mine}, but {place.stem} was tuned by {how}" for place in others if (how := presets.extent(place)) != mine]
+
+
 def _group(options: argparse.Namespace, names: Sequence[str]) -> tuple[str, str, list[Tuned], Settings, dict]:
     """The search for some of the masks, from the names of model and facts on: one process's work."""
     model = load_model(options.model, options.dtype, options.device)
     known = metrics.known(model, load(options.facts))
     known = known.edited_to(options.to) if options.to else known
     split = splits.split(known, options.forget)
+    key, task = presets.identify(model.name) or model.name, presets.task_of(known.name, split.spec, options.objective)
+    for line in other_searches(key, task, options.trials, options.rates, options.masks, options.kept):
+        print(line, file=sys.stderr, flush=True)
     chosen = choose(model, known, split, names, lookup=options.lookup, seed=options.seed)
     settings = Settings(steps=options.steps, batch=options.batch, chunk=options.chunk, recompute=options.recompute)
     found = search(model, split, list(chosen.masks.values()), options.objective, options.trials, options.seed, options.folder, settings,
                    Log(*options.rates), options.texts)
-    key, task = presets.identify(model.name) or model.name, presets.task_of(known.name, split.spec, options.objective)
     for tuned in found:
         path = Path(options.folder) / Path(key).name / task / f"{tuned.mask}.parquet"
         provenance.write_atomic(path, lambda temporary, table=tuned.trials: table.to_parquet(temporary, index=False))
@@ -162,7 +172,7 @@ def _arguments() -> argparse.ArgumentParser:
 def main(arguments: Sequence[str] | None = None) -> int:
     """The command line; returns the exit status (2: something asked for is not there)."""
     options = _arguments().parse_args(arguments)
-    names = list(dict.fromkeys(name.strip() for name in options.masks.split(",") if name.strip()))
+    names = options.masks = list(dict.fromkeys(name.strip() for name in options.masks.split(",") if name.strip()))
     try:
         unknown = [name for name in names if name not in NAMES and not is_window(name)]
         if unknown or not names or options.jobs < 1:

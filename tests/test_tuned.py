@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import csv
 import re
+import shutil
 
 import attacks_cases as cases
 import pandas as pd
@@ -110,6 +111,18 @@ def test_all_trials_are_kept_in_one_table_beside_those_of_other_masks(done, tmp_
     again = tuned.read_trials("small", TASK, ["lookup", "all MLPs", "random"], tmp_path)
     assert len(again) == 4 and again.loc[again["mask"] == "lookup", "edit"].eq(0.5).all()
     assert tuned.read_trials("small", TASK, ["random"], tmp_path).empty and tuned.read_trials("nobody", TASK, ["lookup"], tmp_path).empty
+
+
+def test_a_search_says_which_masks_were_tuned_by_another(asked, done, capsys):
+    rates = ["--rates", "0.001", "0.002", "--masks", "all MLPs", "--trials", "1", "--kept"]
+    assert tuned.main([*asked[0], *rates, str(done / "elsewhere")]) == 0
+    assert "was tuned by" not in capsys.readouterr().err
+    copied = done / "copied"
+    shutil.copytree(done / "kept", copied)
+    assert tuned.main([*asked[0], *rates, str(copied)]) == 0
+    said = capsys.readouterr().err
+    assert "this search: 1 trials at rates 0.001 to 0.002, but lookup was tuned by 2 trials at rates 0.0002 to 0.02" in said
+    assert "all-MLPs" not in said  # which this search is of
 
 
 @pytest.mark.slow
