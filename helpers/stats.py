@@ -88,7 +88,7 @@ def matrix(rows: pd.DataFrame, value: str = "value", fact: str | Sequence[str] =
     # reports call this for thousands of small groups: two factorizations take a fifth of the time of `unstack`
     names = [rows[name].astype(object).where(rows[name].notna(), "") for name in unit]
     row, facts = (pd.MultiIndex.from_arrays(names) if len(unit) > 1 else pd.Index(names[0])).factorize(sort=True)
-    column, seeds = pd.Index(rows[seed]).factorize(sort=True)
+    column, seeds = pd.Index(rows[seed]).factorize(sort=True, use_na_sentinel=False)  # no seed: a column of its own, not the last one's
     place = row * len(seeds) + column
     double = np.bincount(place)[place] > 1
     if double.any():
@@ -99,6 +99,7 @@ def matrix(rows: pd.DataFrame, value: str = "value", fact: str | Sequence[str] =
     table = np.full((len(facts), len(seeds)), NAN)
     table.flat[place] = rows[value].astype(float)
     return pd.DataFrame(table, facts.set_names(unit), seeds.set_names(seed))
+
 
 def holm(table: pd.DataFrame, family: Sequence[str] = (), p: str = "p") -> pd.DataFrame:
     """The table with `p_holm`, Holm's correction within each family (Holm 1979).

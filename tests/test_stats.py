@@ -272,3 +272,9 @@ def test_contradicting_rows_are_refused():
 
 def test_few_facts_are_called_rough():
     assert "rough" in stats.summary(table({"a": answers(0.5, 8)})).iloc[0]["note"]
+
+
+def test_a_row_without_a_seed_never_lands_in_the_column_of_another():
+    rows = pd.DataFrame({"fact": ["a", "b", "a"], "seed": [0, 0, np.nan], "value": [1.0, 2.0, 3.0]})
+    table = stats.matrix(rows)
+    assert table[0.0].tolist() == [1.0, 2.0] and table.shape == (2, 2)
