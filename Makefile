@@ -3,6 +3,9 @@ PYTHON   ?= python3
 PROFILE  ?= quick
 OUT      ?= runs
 JOBS     ?= 2
+MODEL     =
+FACTS     =
+LOOKUP    =
 MODELS   ?= tiny-llama3 tiny-gemma2-open tiny-gemma2 tiny-gemma
 PIP_ARGS ?=
 
@@ -29,8 +32,10 @@ install:
 	$(PY) -m pip install --disable-pip-version-check $(PIP_ARGS) -r requirements.txt -e .
 	@cp requirements.txt $(WANTED)
 
-run: env ## run all notebooks headless, JOBS=2 at a time; PROFILE=standard also puts the outputs into notebooks/
-	$(PY) -m helpers.notebooks run --profile $(PROFILE) --out $(OUT) --jobs $(JOBS) $(if $(filter standard,$(PROFILE)),--write-back)
+OWN = $(if $(MODEL),-p model "$(MODEL)") $(if $(FACTS),-p facts "$(FACTS)") $(if $(LOOKUP),-p lookup "$(LOOKUP)")
+
+run: env ## run all notebooks headless, JOBS=2 at a time, on MODEL and FACTS if given (LOOKUP=2,3: layers by hand); without these PROFILE=standard also puts the outputs into notebooks/
+	$(PY) -m helpers.notebooks run --profile $(PROFILE) --out $(OUT) --jobs $(JOBS) $(or $(strip $(OWN)),$(if $(filter standard,$(PROFILE)),--write-back))
 
 report: env ## make one page from stored rows (ROWS="data/results runs", default: both)
 	$(PY) -m helpers.report $(if $(ROWS),--rows $(ROWS)) --out $(OUT)/report

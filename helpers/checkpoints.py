@@ -22,6 +22,7 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
+from helpers import provenance
 from helpers.structure import ModelError, read_structure
 
 BUNDLED = Path(__file__).resolve().parent.parent / "data" / "models"
@@ -34,7 +35,7 @@ def locate(name: str) -> str:
     bundled = sorted(path.parent.name for path in BUNDLED.glob("*/config.json"))
     if name in bundled:
         return str(BUNDLED / name)
-    folder = Path(name).expanduser()
+    folder = provenance.given_path(name)
     if folder.is_dir():
         if not (folder / "config.json").is_file():
             raise ModelError(f"{name}: the folder holds no config.json, so it is no model in transformers' format")
@@ -49,7 +50,7 @@ def locate(name: str) -> str:
 
 def is_folder(name: str) -> bool:
     """Whether a name is that of a bundled model or of a folder, and no hub id."""
-    return (BUNDLED / name).is_dir() or Path(name).expanduser().is_dir()
+    return (BUNDLED / name).is_dir() or provenance.given_path(name).is_dir()
 
 
 def load_checkpoint(

@@ -37,7 +37,7 @@ One measure decides, the first of MEASURES; the others are shown beside it. Edit
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -78,11 +78,12 @@ MEASURES = (Measure("new answer in multiple choice", "mcq_edit top1", "none", "h
             Measure("true answer, worst case of all attacks", "forget top1", "worst", "lower"))
 
 
-def layer_scores(model: str, lookup: Lookup) -> pd.DataFrame:
+def layer_scores(model: str, lookup: Lookup, layers: Collection[int] = ()) -> pd.DataFrame:
     """`model`, `layer` and `score` ≥ 0 of every MLP: how much of the lookup it does, by the evidence of fact lookup.
 
     Of path patching (`fact_lookup.counterfact`) |score − score of the last layer|; of probes (`fact_lookup.sports`) by how
-    much the accuracy at the name rises over this block.
+    much the accuracy at the name rises over this block. Where the evidence finds nothing in any, each of `layers`, chosen by
+    hand, does as much.
     """
     evidence = lookup.evidence.sort_values("layer")
     if "difference" in evidence:
@@ -91,6 +92,8 @@ def layer_scores(model: str, lookup: Lookup) -> pd.DataFrame:
         read = lookup.tables["probes"]
         before = read.loc[(read["position"] == "name") & (read["layer"] == 0), "accuracy"].mean()
         score = evidence["name_accuracy"].diff().fillna(evidence["name_accuracy"].iloc[0] - before).clip(lower=0)
+    if not score.any():
+        score = evidence["layer"].isin(layers).astype(float)
     return pd.DataFrame({"model": model, "layer": evidence["layer"].to_numpy(), "score": score.to_numpy()})
 
 

@@ -22,6 +22,8 @@ from pathlib import Path
 
 import yaml
 
+from helpers import provenance
+
 DATA = Path(__file__).resolve().parent.parent / "data"
 BUNDLED = {"athletes": DATA / "athletes.csv", "world": DATA / "world.csv"}
 REQUIRED = ("subject", "relation", "answer")
@@ -147,7 +149,7 @@ def load(source: str | Path = "athletes", relations: str | Path | None = None, e
     name, _, where = str(source).partition(":")
     if name in sources.NAMES:
         return sources.load(name, where, edit)
-    path = BUNDLED.get(str(source), Path(source))
+    path = BUNDLED.get(str(source)) or provenance.given_path(source)
     if not path.is_file():
         raise FactsError(f"no facts at {str(source)!r}: give one of {', '.join((*BUNDLED, *sources.NAMES))} or the path of a CSV file "
                          f"with the columns {', '.join(REQUIRED)}")

@@ -1,7 +1,7 @@
 """Run the numbered notebooks headless, put their outputs back into the repository, check their form.
 
     python -m helpers.notebooks run 02 --profile quick --out runs -p model tiny-gemma2
-    python -m helpers.notebooks run --jobs 2
+    python -m helpers.notebooks run --jobs 2 -p model path/to/model -p lookup 2,3    # to those of them that have such a parameter
     python -m helpers.notebooks regenerate
     python -m helpers.notebooks check
 
@@ -97,25 +97,28 @@ def select(names: Sequence[str], folder: Path) -> list[Path]:
         raise ValueError(f"no numbered notebook in {folder.name}/")
     for name in names:
         if not any(name in (path.stem, path.stem[:2]) for path in known):
-            raise ValueError(f"no notebook `{name}` in {folder.name}/: {', '.join(path.stem for path in known)}")
+            hint = f"; is it a parameter? -p {name.replace('=', ' ', 1)}" if "=" in name else ""
+            raise ValueError(f"no notebook `{name}` in {folder.name}/: {', '.join(path.stem for path in known)}{hint}")
     return [path for path in known if not names or path.stem in names or path.stem[:2] in names]
 
 
 def run(notebooks: Sequence[Path], given: Mapping[str, Any], out: Path, *, jobs: int = 1, write_back: bool = False) -> list[Outcome]:
     """Execute notebooks with the parameters `given`, `jobs` at a time; executed copies, HTML and the index go to `out`.
 
-    With `write_back`, a notebook that ran to its end gets the new outputs, free of volatile metadata, with small pictures.
-    Raises ParameterError, with nothing written, when any notebook refuses a parameter.
+    A parameter that some of them declare goes to those. With `write_back`, a notebook that ran to its end gets the new outputs, free of
+    volatile metadata, with small pictures. Raises ParameterError, with nothing written, when any notebook refuses a parameter.
     """
-    checked = {}
-    for path in notebooks:
+    declared = {path: set(parameters.declared_by(path).model_fields) for path in notebooks}
+    somewhere, checked = set().union(*declared.values()), {}
+    for path, names in declared.items():
+        own = {name: value for name, value in given.items() if name in names or name not in somewhere}  # what none declares is refused
         try:
-            checked[path] = parameters.from_notebook(path, given)
+            checked[path] = own, parameters.from_notebook(path, own)
         except ParameterError as error:
             raise ParameterError(f"{path.name}: {error}") from error
     out.mkdir(parents=True, exist_ok=True)
     outcomes: list[Outcome] = []
-    tasks = [(path, given, out, runs.folder(path.stem, params)) for path, params in checked.items()]
+    tasks = [(path, own, out, runs.folder(path.stem, params)) for path, (own, params) in checked.items()]
     jobs = min(jobs, len(tasks))
     print(f"running {', '.join(path.stem for path in checked)}" + (f", {jobs} at a time" if jobs > 1 else ""), flush=True)
     for path, outcome in zip(checked, _outcomes(tasks, jobs)):
@@ -223,9 +226,9 @@ def _index_row(outcome: Outcome) -> str:
     )
 
 
-def _value(text: str, path: Path, name: str) -> Any:
+def _value(text: str, name: str, notebooks: Sequence[Path]) -> Any:
     """A command line value: text for a parameter that is text, else the Python literal it spells."""
-    field = parameters.declared_by(path).model_fields.get(name)
+    field = next(filter(None, (parameters.declared_by(path).model_fields.get(name) for path in notebooks)), None)
     if field and field.annotation is str:
         return text
     try:
@@ -242,7 +245,8 @@ def _arguments() -> argparse.ArgumentParser:
     parser.add_argument("--out", type=Path, default=Path("runs"), help="executed copies, HTML, rows and figures")
     parser.add_argument("--jobs", type=int, default=1, help="notebooks side by side, which share the cores")
     parser.add_argument("--write-back", action="store_true", help="put the outputs into the notebooks themselves")
-    parser.add_argument("-p", dest="given", nargs=2, action="append", default=[], metavar=("NAME", "VALUE"))
+    parser.add_argument("-p", dest="given", nargs=2, action="append", default=[], metavar=("NAME", "VALUE"),
+                        help="a parameter, for those of the notebooks that have it")
     parser.add_argument("--notebooks", type=Path, default=provenance.project_root() / "notebooks", help="their folder")
     return parser
 
@@ -264,8 +268,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         profile = "standard" if options.action == "regenerate" else options.profile
         given = {"profile": profile, "out": provenance.short_path(options.out)}
         given |= {"figures": "figures"} if write_back else {}
-        for name, text in options.given:
-            given |= {name: _value(text, path, name) for path in notebooks}
+        given |= {name: _value(text, name, notebooks) for name, text in options.given}
         outcomes = run(notebooks, given, options.out, jobs=max(1, options.jobs), write_back=write_back)
     except ValueError as error:
         print(error, file=sys.stderr)

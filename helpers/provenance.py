@@ -37,6 +37,12 @@ def short_path(path: Path | str) -> str:
     return path.relative_to(root).as_posix() if path.is_relative_to(root) else str(path)
 
 
+def given_path(path: Path | str) -> Path:
+    """A path that a user gives, `~` written out: one that is not in the working directory (a kernel's is notebooks/) counts from the project's root."""
+    path = Path(path).expanduser()
+    return path if path.exists() or not (project_root() / path).exists() else project_root() / path
+
+
 def content_hash(path: Path | str) -> str:
     """sha256 of a file, or of a folder's file names and contents.
 
@@ -116,30 +122,26 @@ def modules(sources: Iterable[str]) -> list[Path]:
 
     Read from the text, so a sweep knows them before anything runs; importing by name (importlib) would escape it.
     """
-    found: set[Path] = set()
+    package = Path(__file__).parent
+    there = {_dotted(file): file for file in package.rglob("*.py")}
+    found: set[str] = set()
     waiting = list(sources)
     while waiting:
-        new = _imported(waiting.pop()) - found
+        names = _names(waiting.pop())
+        new = (there.keys() if names is None else names & there.keys()) - found  # of what is no plain Python, any
         found |= new
-        waiting += [file.read_text(encoding="utf-8") for file in new]
-    return sorted(found)
+        waiting += [there[name].read_text(encoding="utf-8") for name in new]
+    return sorted(there[name] for name in found)
 
 
-def _imported(source: str) -> set[Path]:
-    """Files of the modules of `helpers` that one piece of code names in its import statements."""
-    names = _names(source)
-    package = Path(__file__).parent
-    if names is None:  # it may import anything
-        return set(package.rglob("*.py"))
-    # importing a.b.c runs a and a.b as well
-    ours = [name.split(".") for name in names if name.split(".")[0] == package.name]
-    paths = {package.parent.joinpath(*parts[:depth]) for parts in ours for depth in range(1, len(parts) + 1)}
-    return {file for path in paths for file in (path.with_suffix(".py"), path / "__init__.py") if file.is_file()}
+def _dotted(file: Path) -> str:
+    """What the import statement calls a module of `helpers`: a package by its folder's name."""
+    return ".".join((file.parent if file.name == "__init__.py" else file.with_suffix("")).relative_to(Path(__file__).parent.parent).parts)
 
 
 @cache
 def _names(source: str) -> frozenset[str] | None:
-    """The dotted names that a piece of code imports; None where it is no plain Python (IPython may know what to do with it)."""
+    """The dotted names that a piece of code imports, and those of the packages they lie in; None where it is no plain Python (IPython may know what to do with it)."""
     try:
         tree = ast.parse("\n".join(line for line in source.split("\n") if not line.lstrip().startswith(MAGICS)))
     except SyntaxError:
@@ -150,7 +152,8 @@ def _names(source: str) -> frozenset[str] | None:
             names |= {alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom) and node.module:
             names |= {f"{node.module}.{alias.name}" for alias in node.names}
-    return frozenset(names)
+    # importing a.b.c runs a and a.b as well
+    return frozenset(".".join(parts[:depth]) for parts in (name.split(".") for name in names) for depth in range(1, len(parts) + 1))
 
 
 def changed(uses: Mapping[str, str], digest: Callable[[str], str] = content_hash) -> list[str]:

@@ -59,8 +59,9 @@ def load(name: str, where: str = "", edit: str = "edit_answer") -> Facts:
         raise SourceError(f"no source {name!r}; there are {', '.join(NAMES)}")
     if name != "paper-athletes" and edit != "edit_answer":
         raise SourceError(f"{name}: it has one edit answer a fact, so edit={edit!r} cannot be chosen")
-    if where and not Path(where).exists():
+    if where and not provenance.given_path(where).exists():
         raise SourceError(f"{name}: nothing at {where}")
+    where = str(provenance.given_path(where)) if where else ""
     return NAMES[name](where, edit) if name == "paper-athletes" else NAMES[name](where)
 
 
@@ -75,11 +76,11 @@ def texts(source: str = "", n: int = 512, seed: int = 0, buffer: int = 50_000) -
         return general_texts(n, seed)
     if source == "pile":
         return _pile(n, seed, buffer)
-    path = Path(source)
+    path = provenance.given_path(source)
     if path.suffix == ".txt" and path.is_file():
         found = [text.strip() for text in datafiles.decoded(path).split("\n\n") if text.strip()]
     elif path.exists():
-        found = [cell(source, number, row, "text") for number, row in enumerate(datafiles.rows(source, None, "train", source, ("text",)), 1)]
+        found = [cell(source, number, row, "text") for number, row in enumerate(datafiles.rows(source, None, "train", str(path), ("text",)), 1)]
     else:
         raise SourceError(f"no texts at {source!r}: give 'pile', a .txt file, or one of {', '.join(datafiles.READERS)}")
     if len(found) < n:

@@ -99,6 +99,17 @@ def test_a_fact_lookup_that_finds_nothing_is_an_error_that_says_what_to_do(every
         choose(cases.random_model(), everyone, split(everyone, "first-16"))
 
 
+@pytest.mark.parametrize("text, layers", [("", None), (" , ", None), ("3,2", (2, 3)), ("4, 4,10", (4, 10))])
+def test_layers_by_hand(text, layers):
+    assert choices.parse_layers(text) == layers
+
+
+@pytest.mark.parametrize("text, wrong", [("2,x", "'x'"), ("-1", "'-1'"), ("2-4", "'2-4'"), ("1.5", "'1.5'")])
+def test_what_is_no_layer_is_named(text, wrong):
+    with pytest.raises(SelectionError, match=f"{wrong} is no layer; give numbers"):
+        choices.parse_layers(text)
+
+
 def test_facts_whose_answers_hardly_repeat_are_looked_up_without_probes(everyone, monkeypatch):
     """A probe wants several subjects an answer: rarer answers stay out of it, and where nearly all are rare patching decides."""
     called, nothing = [], choices.fact_lookup.Lookup((), "a rule", None, (), (), {})

@@ -219,6 +219,8 @@ def test_scores_of_layers_from_either_kind_of_evidence():
     probes = pd.DataFrame({"position": ["name"] * 4 + ["last"], "layer": [0, 0, 1, 2, 0], "accuracy": [0.3, 0.5, 0.7, 0.6, 0.9]})
     read = lookup({"layer": [0, 1, 2], "name_accuracy": [0.7, 0.6, 0.9]}, probes=probes)
     assert layer_scores("m", read)["score"].tolist() == pytest.approx([0.3, 0.0, 0.3])
+    assert layer_scores("m", patched, [2])["score"].tolist() == [0.3, 0.1, 0.0]  # evidence counts where there is some
+    assert layer_scores("m", lookup({"layer": [0, 1, 2], "difference": [0.0] * 3}), [0, 1])["score"].tolist() == [1, 1, 0]
 
 
 # Refused ----------------------------------------------------------------------------------------------

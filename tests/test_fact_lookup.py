@@ -47,6 +47,16 @@ def pairs(model):
     return make_pairs(model, cases.facts(32), "paraphrase", which=0)
 
 
+def test_answers_that_a_probe_can_be_fitted_to():
+    """With one of their subjects held out two are left."""
+    everyone, quota = cases.facts(32), {"w50": 8, "w51": 3, "w52": 2, "w53": 1}
+    place = {fact.key: i for answer in quota for i, fact in enumerate(everyone.where(lambda f: f.answer == answer))}
+    some = everyone.where(lambda fact: place[fact.key] < quota[fact.answer])
+    assert fact_lookup.probeable(some).counts() == {"w50": 8, "w51": 3}
+    assert fact_lookup.probeable(some, 2).counts() == {"w50": 8, "w51": 3, "w52": 2}
+    assert not len(fact_lookup.probeable(some, 4))  # one answer alone tells nothing
+
+
 def test_published_first_layers():
     """Published choices begin at 2, 2 and 1; they end later than the probe does (7, 6 and 4), chosen by hand."""
     assert [candidates(curve, CHANCE) for curve in (GEMMA_7B, GEMMA_2, LLAMA_3)] == [(2, 4), (2, 3), (1, 3)]

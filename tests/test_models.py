@@ -198,6 +198,17 @@ def test_folder_without_a_model(tmp_path):
         load_model(str(tmp_path))
 
 
+def test_a_relative_folder_counts_from_the_project_too(monkeypatch, folder, tmp_path):
+    """A kernel works in notebooks/, and `make run MODEL=…` is typed above it."""
+    from helpers import provenance
+
+    monkeypatch.setattr(provenance, "project_root", lambda: folder.parent)
+    monkeypatch.chdir(tmp_path)
+    assert load_model(folder.name).name == folder.name
+    with pytest.raises(ModelError, match="no such folder"):
+        load_model(f"{folder.name}/not/there")
+
+
 def test_folder_that_is_not_there(tmp_path):
     with pytest.raises(ModelError, match="no such folder"):
         load_model(str(tmp_path / "nowhere"))

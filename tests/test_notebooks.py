@@ -120,6 +120,16 @@ def test_quick_rows_are_the_same_twice(tmp_path):
     pd.testing.assert_frame_equal(*tables)
 
 
+@pytest.mark.parametrize("name", ["00_quickstart", "03_localization"])
+def test_answers_that_no_probe_can_be_fitted_to(name, tmp_path):
+    """Every country has two rivers or mountains here, so that none could be held out."""
+    world = pd.read_csv(facts.DATA / "world.csv", keep_default_na=False)
+    rare = world[world["relation"] == "natural_feature_country"].groupby("answer").head(2)
+    rare[["subject", "relation", "answer"]].to_csv(tmp_path / "rare.csv", index=False)
+    rows, _ = results(name, tmp_path, facts=str(tmp_path / "rare.csv"), profile="smoke")
+    assert len(rows) and "probe accuracy" not in set(rows["measure"])
+
+
 @pytest.fixture(scope="session")
 def new_user(tmp_path_factory):
     """A model in a folder and a CSV of a relation of the user's own, with a template beside it."""

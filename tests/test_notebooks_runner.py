@@ -131,6 +131,7 @@ def test_sources_are_untouched_by_run(executed):
         (["-p", "seed", "one"], "parameter `seed`"),
         (["--profile", "fast"], "'smoke', 'quick', 'standard' or 'full'"),
         (["09"], "no notebook `09`"),
+        (["seed=2"], "is it a parameter? -p seed 2"),
     ],
 )
 def test_the_runner_refuses_before_a_kernel_starts(tmp_path, capsys, monkeypatch, given, message):
@@ -139,6 +140,21 @@ def test_the_runner_refuses_before_a_kernel_starts(tmp_path, capsys, monkeypatch
     assert notebooks.main(["run", "--notebooks", str(tmp_path), "--out", str(tmp_path / "out"), *given]) == 2
     assert message in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
+
+
+def test_each_of_several_notebooks_gets_the_parameters_it_has(tmp_path, capsys):
+    for stem in ("01_with", "02_without"):
+        write(tmp_path, stem, ["print(sorted(run.params.model_dump().items()))", "run.finish()"])
+    path = tmp_path / "01_with.ipynb"
+    notebook = nbformat.read(path, as_version=4)
+    notebook.cells[1].source = 'lookup: str = ""\n' + notebook.cells[1].source
+    nbformat.write(notebook, path)
+    given = ["--notebooks", str(tmp_path), "--out", str(tmp_path / "out"), "-p", "lookup", "3", "-p", "seed", "5"]
+    assert notebooks.main(["run", *given]) == 0
+    assert "('lookup', '3')" in texts(tmp_path / "out" / path.name)  # text, as it is declared
+    assert all("('seed', 5)" in texts(tmp_path / "out" / f"{stem}.ipynb") for stem in ("01_with", "02_without"))
+    assert "lookup" not in texts(tmp_path / "out" / "02_without.ipynb")
+    assert notebooks.main(["run", "02", *given]) == 2 and "02_without.ipynb: unknown parameter `lookup`" in capsys.readouterr().err
 
 
 def test_papermill_s_own_command_line_stops_at_a_misspelt_name(tmp_path):

@@ -13,8 +13,7 @@ NAMES = ["03_localization", "04_localized_editing", "05_localized_unlearning", "
 
 @pytest.mark.parametrize("name", NAMES)
 def test_world_facts_go_through(name, tmp_path):
-    given = {"answer": "France", "to": ""} if name == "05_localized_unlearning" else {}  # as its first cell says
-    folder = executed(name, tmp_path, profile="smoke", facts="world", **given)
+    folder = executed(name, tmp_path, profile="smoke", facts="world")
     recorded = pd.read_parquet(folder / "rows.parquet")
     assert len(recorded) and set(recorded["profile"]) == {"smoke"} and checks(folder)
     if name != "10_real_models":  # which compares nothing

@@ -80,6 +80,16 @@ def test_faulty_files_are_refused_with_the_place(own, text, message):
         own(text)
 
 
+def test_a_path_counts_from_the_working_directory_or_else_from_the_project(own, tmp_path, monkeypatch):
+    mine, whole = own(CAPITALS), load("world")
+    monkeypatch.chdir(tmp_path)
+    assert load("mine.csv") == mine and load("data/world.csv") == whole
+    (tmp_path / "data").mkdir()
+    (tmp_path / "mine.csv").rename(tmp_path / "data" / "world.csv")
+    (tmp_path / "mine.yaml").rename(tmp_path / "data" / "world.yaml")
+    assert load("data/world.csv").items == mine.items  # what is here comes first
+
+
 def test_unknown_sources_and_columns(own, tmp_path):
     with pytest.raises(FactsError, match="no facts at 'nothing': give one of athletes, world"):
         load("nothing")

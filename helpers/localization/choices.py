@@ -78,7 +78,7 @@ def choose(model: Model, known: Facts, split: Split, names: Sequence[str] = ("lo
     found = look_up(model, known, split, format=format, n_facts=n_facts, seed=seed, batch_size=batch_size) if lookup is None else None
     layers = tuple(lookup) if found is None else found.layers
     if not layers:
-        raise SelectionError(f"{model.name}: fact lookup chooses no MLP ({found.rule}); name layers by hand")
+        raise SelectionError(f"{model.name}: fact lookup chooses no MLP ({found.rule}); name layers by hand: lookup=2,3,4 (notebook 02 shows the evidence)")
     flu = masks.mask(model, [f"mlp {layer}" for layer in layers], "lookup")
     scores, chosen = {}, {}
     sought = [name for name in names if name not in given]
@@ -109,6 +109,14 @@ def choose(model: Model, known: Facts, split: Split, names: Sequence[str] = ("lo
     return Choices({name: replace(mask, name=name) for name, mask in chosen.items()}, found, layers, scores)
 
 
+def parse_layers(text: str) -> tuple[int, ...] | None:
+    """Layers from a notebook's parameter, "2,3,4"; None where it is empty, so that fact lookup decides. Raises `SelectionError`."""
+    layers = [part.strip() for part in text.split(",") if part.strip()]
+    if wrong := [part for part in layers if not part.isdecimal()]:
+        raise SelectionError(f"lookup={text!r}: {wrong[0]!r} is no layer; give numbers of layers such as 2,3,4, or nothing")
+    return tuple(sorted({int(part) for part in layers})) or None
+
+
 def is_window(name: str) -> bool:
     """Whether a name is that of a run of neighbouring MLPs, "MLP 2-4"."""
     first, _, last = name.removeprefix("MLP ").partition("-")
@@ -120,9 +128,7 @@ def look_up(model: Model, known: Facts, split: Split, *, format: str = "cloze", 
     """Fact lookup as `choose` goes by it; the arguments are the same. Its `layers` may be empty."""
     twins = pairs(model, split.forget[:n_facts], format, partners=known, seed=seed, minimum=2)
     relations = {fact.relation.name for fact in split.forget}
-    alike = known.where(lambda fact: fact.relation.name in relations)
-    often = {answer for answer, n in alike.counts().items() if n >= PROBED}
-    if len(relations) > 1 or len(often) < 2:
+    probed = fact_lookup.probeable(known.where(lambda fact: fact.relation.name in relations), PROBED)
+    if len(relations) > 1 or not len(probed):
         return fact_lookup.counterfact(model, twins, threshold="calibrated", seed=seed, batch_size=batch_size)
-    asked = prompts.build(model.tokenizer, alike.where(lambda fact: fact.answer in often), format)
-    return fact_lookup.sports(model, twins, asked, seed=seed, batch_size=batch_size)
+    return fact_lookup.sports(model, twins, prompts.build(model.tokenizer, probed, format), seed=seed, batch_size=batch_size)

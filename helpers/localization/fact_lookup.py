@@ -35,6 +35,7 @@ import pandas as pd
 import torch
 
 from helpers.chunks import over_prompts
+from helpers.facts import Facts
 from helpers.interventions import KnockOut
 from helpers.localization import probes
 from helpers.localization.counterfactual import Pairs
@@ -194,6 +195,12 @@ def lowest_layer(scores: pd.Series, negligible: float = 0.05) -> int:
     layers = pd.Series([Component.parse(head).layer for head in scores.index], index=scores.index)
     below = scores.abs().groupby(layers).sum().sort_index().cumsum() / scores.abs().sum()
     return int(below.index[below > negligible][0])
+
+
+def probeable(facts: Facts, least: int = 3) -> Facts:
+    """Those facts whose answer `least` of them share; none if that leaves fewer than two answers. Three: one held out, two to fit a probe to."""
+    often = {answer for answer, n in facts.counts().items() if n >= least}
+    return facts.where(lambda fact: fact.answer in often and len(often) > 1)
 
 
 def probe_curves(model: Model, prompts: PromptSet, seed: int = 0, batch_size: int = 64) -> pd.DataFrame:

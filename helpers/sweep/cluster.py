@@ -144,9 +144,10 @@ def require_room(wanted: Iterable[Mapping[str, float]], nodes: Sequence[Mapping[
 def _is_sent(value: str, beside: Path) -> bool:
     """Whether what a parameter names is there on a node: by name, or as a path in the project."""
     given = Path(value.rpartition(":")[2]).expanduser()  # "counterfact:<path>" reads a local copy
-    path, root = (beside / given).resolve(), provenance.project_root().resolve()
-    if not given.is_absolute() and not path.exists():  # the name of something bundled, or on the hub
-        return True
+    root = provenance.project_root().resolve()
+    path = next((place for place in ((beside / given).resolve(), root / given) if place.exists()), None)
+    if path is None:  # the name of something bundled, or on the hub
+        return not given.is_absolute()
     inside = path.is_relative_to(root)
     return inside and not any(fnmatch(part, left) for part in path.relative_to(root).parts for left in LEFT_BEHIND)
 
