@@ -1,6 +1,7 @@
 """Notebook 12, executed in the quick profile: on stored rows, and where there are none."""
 
 import json
+import shutil
 
 import notebook_cases
 import pandas as pd
@@ -8,6 +9,7 @@ import pytest
 import report_cases as cases
 
 from helpers import claims
+from helpers.facts import DATA
 from helpers.report import rows as material
 from helpers.report import tables
 
@@ -47,9 +49,23 @@ def test_figures_are_drawn_from_what_there_is(folder):
     assert {name for name in figures if name.startswith("scaling")} == {"scaling-0", "scaling-1"}  # equal steps, equal passes
 
 
+def printed(out) -> str:
+    cells = json.loads((out / f"{NOTEBOOK}.ipynb").read_text())["cells"]
+    return "".join("".join(output.get("text", "")) for cell in cells for output in cell.get("outputs", []))
+
+
+def test_a_model_of_ones_own_is_shown_by_what_its_notebooks_left(store, tmp_path):
+    """Its name is in no packed row, so that the figures are about the edits of notebook 08 in the same folder."""
+    shutil.copytree(DATA / "models" / "tiny-gemma2", tmp_path / "mine")
+    given = {"profile": "smoke", "model": str(tmp_path / "mine")}
+    notebook_cases.executed("08_baselines", tmp_path / "out", **given)
+    folder = notebook_cases.executed(NOTEBOOK, tmp_path / "out", rows=str(store.parent), **given)
+    assert f"drawn below: {tmp_path / 'mine'}, athletes first-3" in printed(tmp_path / "out")
+    assert (folder / "figures" / "spider-0.png").is_file()
+
+
 def test_without_stored_rows_it_says_what_to_run_and_goes_on(tmp_path):
     folder = notebook_cases.executed(NOTEBOOK, tmp_path, rows=str(tmp_path / "nothing"))
-    said = "".join("".join(output.get("text", "")) for cell in json.loads((tmp_path / f"{NOTEBOOK}.ipynb").read_text())["cells"]
-                   for output in cell.get("outputs", []))
+    said = printed(tmp_path)
     assert "nothing" in said and "Below: only the" in said
     assert not notebook_cases.holds(folder)["the stored rows decide at least one claim"]
