@@ -38,6 +38,14 @@ print([package for package in warm.PACKAGES if package not in sys.modules])
 print(threading.active_count(), sorted(name for name in sys.modules if name.split(".")[0] == "helpers"))"""
 
 
+@pytest.fixture(autouse=True)
+def interruptible():
+    """What a shell starts in the background ignores Ctrl-C, the tests as well."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
 @pytest.fixture
 def notes(tmp_path):
     (tmp_path / "notes").mkdir()
